@@ -1,0 +1,108 @@
+"""How example inputs are written, and how a model is called with them.
+
+`example_inputs` is a tuple of positional arguments, a dict of keyword arguments, one tensor, or a
+list of such for a model with several forwards. Everything that calls a user's model goes through
+`run`, and everything that reads its outputs through `tensors_of`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Inputs: TypeAlias = (
+    Tensor | tuple[Any, ...] | Mapping[str, Any] | list[tuple[Any, ...] | Mapping[str, Any]]
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a model."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def calls_of(example_inputs: Inputs) -> tuple[Call, ...]:
+    """Return example inputs as calls.
+
+    Raises:
+        TypeError: if they are neither tensor, tuple, mapping, nor a list of these.
+    """
+    if isinstance(example_inputs, list):
+        return tuple(call for entry in example_inputs for call in calls_of(entry))
+    if isinstance(example_inputs, Call):
+        return (example_inputs,)
+    if isinstance(example_inputs, Tensor):
+        return (Call((example_inputs,)),)
+    if isinstance(example_inputs, tuple):
+        return (Call(example_inputs),)
+    if isinstance(example_inputs, Mapping):
+        return (Call((), dict(example_inputs)),)
+    raise TypeError(
+        "example_inputs must be a tuple of positional arguments, a dict of keyword arguments, "
+        f"a tensor, or a list of these; got {type(example_inputs).__name__}."
+    )
+
+
+def run(model: nn.Module, call: Call) -> Any:
+    """Return what `model` answers to `call`."""
+    return model(*call.args, **call.kwargs)
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return `value` with every tensor in tuples, lists and mappings replaced."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Call):
+        return Call(map_tensors(value.args, function), map_tensors(value.kwargs, function))
+    if isinstance(value, Mapping):
+        return {key: map_tensors(entry, function) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(entry, function) for entry in value)
+    return value
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of an output: nested tuples, lists, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from tensors_of(entry)
+    elif isinstance(value, (tuple, list)):
+        for entry in value:
+            yield from tensors_of(entry)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, field.name))
+
+
+def cast(call: Call, dtype: torch.dtype) -> Call:
+    """Return `call` with its floating tensors in `dtype`."""
+    replaced = map_tensors(call, lambda t: t.to(dtype) if t.is_floating_point() else t)
+    assert isinstance(replaced, Call)
+    return replaced
+
+
+@contextmanager
+def quiet_eval(model: nn.Module) -> Iterator[nn.Module]:
+    """Put `model` into eval mode for a block, and every module back into its own mode after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """Return a deep copy of `model`."""
+    return copy.deepcopy(model)

@@ -1,0 +1,163 @@
+"""What any plan costs, as arithmetic over an anatomy; and the same counted on a real model.
+
+Parameters are exact. Multiply-accumulates (MACs) equal half of what
+`torch.utils.flop_counter.FlopCounterMode` counts on the cut model for the example inputs that the
+model was dissected with. No model is needed to price a plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from vlprune.anatomy import Anatomy, under
+from vlprune.calls import Inputs, calls_of, run
+from vlprune.errors import BudgetError
+from vlprune.plan import Cost
+
+Keep = Mapping[str, tuple[int, ...]]
+
+
+def shapes_after(anatomy: Anatomy, keep: Keep) -> dict[str, tuple[int, ...] | None]:
+    """Return tensor name to shape after the plan, None where the tensor is gone."""
+    shapes: dict[str, list[int]] = {t.name: list(t.shape) for t in anatomy.tensors}
+    for axis in anatomy.axes:
+        removed = axis.units - len(keep[axis.name]) if axis.name in keep else 0
+        if removed:
+            for site in axis.sites:
+                shapes[site.tensor][site.dim] -= removed * site.block
+    gone = _gone_scopes(anatomy, keep)
+    return {
+        name: None if any(under(name, scope) for scope in gone) else tuple(shape)
+        for name, shape in shapes.items()
+    }
+
+
+def price(anatomy: Anatomy, keep: Keep) -> Cost:
+    """Return the cost of the whole model when only `keep` stays on the axes that it names."""
+    shapes = shapes_after(anatomy, keep)
+    params = sum(
+        math.prod(shape)
+        for tensor in anatomy.tensors
+        if tensor.is_parameter and (shape := shapes[tensor.name]) is not None
+    )
+    gone = _gone_scopes(anatomy, keep)
+    shares = {a.name: (len(keep[a.name]), a.units) for a in anatomy.axes if a.name in keep}
+    macs = 0
+    for operation in anatomy.operations:
+        if gone and any(under(operation.module, scope) for scope in gone):
+            continue
+        numerator, denominator = operation.macs, 1
+        for name in operation.axes:
+            kept, units = shares.get(name, (1, 1))
+            numerator, denominator = numerator * kept, denominator * units
+        macs += numerator // denominator
+    return Cost(params=params, macs=macs)
+
+
+def _gone_scopes(anatomy: Anatomy, keep: Keep) -> tuple[str, ...]:
+    return tuple(
+        scope
+        for axis in anatomy.axes
+        if axis.removal != "slice" and axis.name in keep
+        for unit in set(range(axis.units)) - set(keep[axis.name])
+        for scope in axis.scopes[unit]
+    )
+
+
+def dense_cost(anatomy: Anatomy) -> Cost:
+    """Return the cost of the model as it is."""
+    return price(anatomy, {})
+
+
+def least_cost(anatomy: Anatomy) -> Cost:
+    """Return the cost of the model with every unit of every axis removed."""
+    return price(anatomy, {axis.name: () for axis in anatomy.axes})
+
+
+BUDGET_KEYS = ("params", "macs", "prunable_params")
+
+
+def absolute_budget(anatomy: Anatomy, budget: Mapping[str, float]) -> dict[str, int]:
+    """Return a budget in absolute counts: "params" and "macs" of the whole model.
+
+    Args:
+        anatomy: the axes that may be cut.
+        budget: what the result may cost. A float in (0, 1] is the share of the dense model to
+            keep, an integer above 1 an absolute. "prunable_params" is the share of those
+            parameters that the axes of `anatomy` can remove at all.
+
+    Raises:
+        BudgetError: for an unknown key, a value out of range, or one that no plan can reach; the
+            message says the least and the most that can be reached.
+    """
+    if not budget:
+        raise BudgetError(f"budget must name one of {', '.join(BUDGET_KEYS)}; got none.")
+    dense, least = dense_cost(anatomy), least_cost(anatomy)
+    return dict(_absolute(key, value, dense, least) for key, value in budget.items())
+
+
+def _absolute(key: str, value: float, dense: Cost, least: Cost) -> tuple[str, int]:
+    if key not in BUDGET_KEYS:
+        raise BudgetError(f"budget must name one of {', '.join(BUDGET_KEYS)}; got {key!r}.")
+    if not value > 0:
+        raise BudgetError(f"budget {key!r} must be a share in (0, 1] or a count; got {value!r}.")
+    kind = "macs" if key == "macs" else "params"
+    most, fewest = getattr(dense, kind), getattr(least, kind)
+    if key == "prunable_params" and value <= 1:
+        target = fewest + int(value * (most - fewest))
+    elif value <= 1:
+        target = int(value * most)
+    else:
+        target = int(value)
+    if not fewest <= target <= most:
+        raise BudgetError(
+            f"budget {key}={value:g} asks for {target:,} {kind}; these axes can reach "
+            f"{fewest:,} ({fewest / max(most, 1):.1%}) at least and {most:,} at most. "
+            "Ask for a share between, or score more strategies."
+        )
+    return kind, target
+
+
+def fits(cost: Cost, limits: Mapping[str, int]) -> bool:
+    """Say whether `cost` is within every limit (keys "params", "macs")."""
+    return all(getattr(cost, key) <= limit for key, limit in limits.items())
+
+
+def count_params(model: nn.Module) -> int:
+    """Return the number of parameters of `model`, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(model: nn.Module, example_inputs: Inputs) -> int:
+    """Return the multiply-accumulates of `model` on `example_inputs`, by torch's own counter.
+
+    Fused kernels that the counter does not know (the fast path of `nn.MultiheadAttention`, CPU
+    flash attention) are switched to ones that it does.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # lazy: it imports triton
+
+    with countable_kernels(), FlopCounterMode(display=False) as counter:
+        for call in calls_of(example_inputs):
+            run(model, call)
+    return int(counter.get_total_flops()) // 2
+
+
+class countable_kernels:
+    """A context in which attention runs through operations that the FLOP counter knows."""
+
+    def __enter__(self) -> None:
+        self._fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        self._sdpa = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        self._sdpa.__enter__()
+        self._no_grad = torch.no_grad()
+        self._no_grad.__enter__()
+
+    def __exit__(self, *failure: object) -> None:
+        self._no_grad.__exit__(None, None, None)
+        self._sdpa.__exit__(None, None, None)
+        torch.backends.mha.set_fastpath_enabled(self._fast_path)

@@ -1,0 +1,147 @@
+"""What a dependency graph cannot see, declared as rows of data: attentions, blocks, families.
+
+A row names a class by its import path, so that no model library is imported here, and matches its
+subclasses too. All rows of all families are pooled: a timm tower in an open_clip model needs no
+row of its own. Rows live in `families/`, one library or model family a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from vlprune.anatomy import GateKind
+from vlprune.calls import Inputs
+from vlprune.errors import UnsupportedModelError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionLayout:
+    """Where the heads of an attention class lie.
+
+    Attributes:
+        cls: import path of the class, "package.module.Class".
+        heads, head_dim: attributes that hold the number of heads and the features per head.
+        rows: (tensor, parts): tensors whose dim 0 is `parts` times [heads, head_dim]; absent
+            (None) tensors are skipped.
+        out: the output projection that consumes the heads, relative to the attention; "../x" is a
+            sibling.
+        knobs: (attribute, per head): what follows the head count; "head_dim" as the count of
+            features per head.
+        gate, cut, empty: importable classes "package.module:Class" to take on while gated, when
+            heads were removed, when none is left; "" where the class itself can do it.
+        refuse: (attribute, reason): the attention is left whole where this is a module or a value
+            other than None, False or `nn.Identity`.
+    """
+
+    cls: str
+    heads: str
+    head_dim: str
+    rows: tuple[tuple[str, int], ...]
+    out: str
+    knobs: tuple[tuple[str, int | str], ...] = ()
+    gate: str = ""
+    cut: str = ""
+    empty: str = ""
+    refuse: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HalfLayout:
+    """One residual half of a block.
+
+    Attributes:
+        name: "attention", "cross_attention" or "ffn".
+        gate: "output" of `module` for a pre-norm branch; "skip" for a half that ends in a norm.
+        module: the gated module, relative to the block.
+        scopes: modules that vanish with the half, relative to the block.
+        argument, keyword: where "skip" finds the residual input among the module's arguments.
+    """
+
+    name: str
+    gate: GateKind
+    module: str
+    scopes: tuple[str, ...]
+    argument: int = 0
+    keyword: str = "hidden_states"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BlockLayout:
+    """A transformer block class: its halves, and what must follow when blocks go.
+
+    Attributes:
+        cls: import path of the class.
+        halves: its residual halves.
+        bypass: importable class to take on when a half is removed (its scopes become None).
+        depth_knobs: attributes of the module that owns the stack, equal to the number of blocks.
+        owner_empty: importable class that the owner takes on when no block is left.
+    """
+
+    cls: str
+    halves: tuple[HalfLayout, ...]
+    bypass: str
+    depth_knobs: tuple[str, ...] = ()
+    owner_empty: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A model library or family: its rows, towers, example inputs, and how to build it again.
+
+    Attributes:
+        models: import paths of the model classes that it can feed and build.
+        towers: (path pattern as in `fnmatch`, tower), the first that matches wins.
+        example_inputs: model and batch size to inputs, for models used without data.
+        describe: model to the JSON arguments of `build`, or None where they cannot be told.
+        build: those arguments to a model with random weights, in eval mode, without a download.
+        create: (name, pretrained, keyword arguments) to a model, for `vlprune.create_model`.
+    """
+
+    models: tuple[str, ...] = ()
+    towers: tuple[tuple[str, str], ...] = ()
+    attentions: tuple[AttentionLayout, ...] = ()
+    blocks: tuple[BlockLayout, ...] = ()
+    example_inputs: Callable[[nn.Module, int], Inputs] | None = None
+    describe: Callable[[nn.Module], dict[str, Any] | None] | None = None
+    build: Callable[[dict[str, Any]], nn.Module] | None = None
+    create: Callable[..., nn.Module] | None = None
+
+
+def is_a(module: nn.Module, cls: str) -> bool:
+    """Say whether `module` is of the class with this import path, or of a subclass."""
+    return any(f"{c.__module__}.{c.__qualname__}" == cls for c in type(module).__mro__)
+
+
+def resolve(name: str) -> Any:
+    """Return what "package.module:Class" names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def family_of(model: nn.Module, families: Mapping[str, Family]) -> tuple[str, Family]:
+    """Return name and row of the family that declares the class of `model`.
+
+    Raises:
+        UnsupportedModelError: if none does.
+    """
+    for name, family in families.items():
+        if any(is_a(model, cls) for cls in family.models):
+            return name, family
+    raise UnsupportedModelError(
+        f"{type(model).__module__}.{type(model).__qualname__} is a class that no family declares "
+        f"(families: {', '.join(families)}). Give example_inputs to dissect it all the same, and "
+        "source= to save it."
+    )
+
+
+def relative(path: str, step: str) -> str:
+    """Return the module path that `step` leads to from `path`; "../x" is a sibling."""
+    parts = path.split(".") if path else []
+    while step.startswith("../"):
+        parts, step = parts[:-1], step[3:]
+    return ".".join([*parts, step]) if step else ".".join(parts)
