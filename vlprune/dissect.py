@@ -1,0 +1,285 @@
+"""From a model to its anatomy: walk the modules, ask every strategy for its axes, count the cost.
+
+The model is read, run on example inputs, and left as it was. Which structures exist is known by
+`strategies/`, which classes hold them by `families/`, which tensors are coupled by `graph.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import fnmatch
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vlprune.anatomy import Anatomy, Axis, Operation, Refusal, TensorShape, under
+from vlprune.calls import Call, Inputs, calls_of, quiet_eval, run, tensors_of
+from vlprune.cost import countable_kernels
+from vlprune.errors import TraceError, UnsupportedModelError
+from vlprune.graph import TRACE_LIMIT_S, CoupledGraph
+from vlprune.layout import AttentionLayout, BlockLayout, Family, family_of, is_a
+from vlprune.registry import FAMILIES, STRATEGIES
+
+TOWERS = ("vision", "text", "fusion", "decoder")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stack:
+    """A ModuleList or Sequential of transformer blocks."""
+
+    path: str
+    blocks: tuple[BlockLayout, ...]
+
+
+class ModelView:
+    """What a strategy may ask of a model: attentions, stacks, the coupled graph, places.
+
+    Attributes:
+        model: the model, only to be read.
+        refusals: modules that a strategy left whole, with the reason.
+    """
+
+    def __init__(self, model: nn.Module, calls: Sequence[Call], limit_s: float = TRACE_LIMIT_S):
+        self.model = model
+        self.refusals: list[Refusal] = []
+        self._calls = calls
+        self._limit_s = limit_s
+        self._families: list[Family] = list(FAMILIES.values())
+        self._first_names = _first_names(model)
+
+    @functools.cached_property
+    def graph(self) -> CoupledGraph:
+        """The dependency graph, traced when first asked for."""
+        return CoupledGraph(self.model, self._calls, self._limit_s)
+
+    @functools.cached_property
+    def attentions(self) -> dict[str, AttentionLayout]:
+        """Module path to layout of every declared attention."""
+        rows = [row for family in self._families for row in family.attentions]
+        return _matches(self.model, rows)
+
+    @functools.cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Every list of declared transformer blocks."""
+        rows = [row for family in self._families for row in family.blocks]
+        blocks = _matches(self.model, rows)
+        stacks = []
+        for path, module in self.model.named_modules():
+            if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
+                items = [blocks.get(f"{path}.{i}") for i in range(len(module))]
+                found = tuple(item for item in items if item is not None)
+                if len(found) == len(module):
+                    stacks.append(Stack(path, found))
+        return tuple(stacks)
+
+    def tower(self, path: str) -> str:
+        """The tower that a module path lies in, by the family of the model's class."""
+        declared = [f.towers for f in self._families if any(is_a(self.model, c) for c in f.models)]
+        for pattern, tower in declared[0] if declared else ():
+            if fnmatch.fnmatchcase(path, pattern):
+                return tower
+        return "vision"
+
+    def depth(self, path: str) -> int:
+        """The index of the block that a module path lies in, 0 outside of any stack."""
+        for stack in self.stacks:
+            if under(path, stack.path) and path != stack.path:
+                return int(path[len(stack.path) + 1 :].partition(".")[0])
+        return 0
+
+    def tensor_name(self, name: str) -> str | None:
+        """The first name of the tensor called `name`, None where it is absent (None)."""
+        tensor: Any = self.model
+        for step in name.split("."):
+            tensor = getattr(tensor, step, None)
+        return self._first_names.get(id(tensor)) if isinstance(tensor, Tensor) else None
+
+    def refuse(self, module: str, reason: str) -> None:
+        """Note that `module` is left whole because of `reason`."""
+        self.refusals.append(Refusal(module=module, reason=reason))
+
+
+def dissect(
+    model: nn.Module, example_inputs: Inputs | None = None, *, limit_s: float = TRACE_LIMIT_S
+) -> Anatomy:
+    """Return all that can be removed from `model`.
+
+    Args:
+        model: any module; it is run in eval mode and left as it was. Meta and fake tensors work.
+        example_inputs: a tuple of positional or dict of keyword arguments; a list of such for a
+            model with several forwards. Default: made by the family of the model's class.
+        limit_s: seconds that the dependency graph may take.
+
+    Returns:
+        The anatomy. Modules that are left whole are its `refusals`, each with a reason.
+
+    Raises:
+        UnsupportedModelError: if nothing prunable was found, or no family can make inputs.
+        TraceError: if the model cannot be traced on the example inputs.
+    """
+    calls = calls_of(default_inputs(model) if example_inputs is None else example_inputs)
+    view = ModelView(model, calls, limit_s)
+    axes = [axis for strategy in STRATEGIES.values() for axis in strategy(view)]
+    if not axes:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} must hold an attention or a block that a family declares "
+            f"({', '.join(FAMILIES)}); found none. Add one as CONTRIBUTING.md shows."
+            + "".join(f"\n  {r.module}: {r.reason}" for r in view.refusals)
+        )
+    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
+    axes.sort(key=lambda axis: (order.get(axis.path, -1), axis.name))
+    return Anatomy(
+        model=type(model).__name__,
+        axes=tuple(axes),
+        tensors=tensor_shapes(model),
+        operations=_operations(model, calls, axes),
+        refusals=tuple(view.refusals),
+    )
+
+
+def default_inputs(model: nn.Module, batch: int = 1) -> Inputs:
+    """Return example inputs made by the family of the model's class.
+
+    Raises:
+        UnsupportedModelError: if no family declares that class.
+    """
+    _, family = family_of(model, FAMILIES)
+    if family.example_inputs is None:
+        raise UnsupportedModelError(
+            f"no example inputs are known for {type(model).__name__}; give example_inputs."
+        )
+    return family.example_inputs(model, batch)
+
+
+def _matches(model: nn.Module, rows: Sequence[Any]) -> dict[str, Any]:
+    found = {}
+    for path, module in model.named_modules():
+        fitting = [row for row in rows if is_a(module, row.cls)]
+        if fitting:  # the most derived class wins
+            names = [f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__]
+            found[path] = min(fitting, key=lambda row: names.index(row.cls))
+    return found
+
+
+def _first_names(model: nn.Module) -> dict[int, str]:
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    return {id(tensor): name for name, tensor in named}
+
+
+def tensor_shapes(model: nn.Module) -> tuple[TensorShape, ...]:
+    """Return name and shape of every parameter and buffer, tied ones once."""
+    parameters = [(name, tensor, True) for name, tensor in model.named_parameters()]
+    buffers = [(name, tensor, False) for name, tensor in model.named_buffers()]
+    return tuple(
+        TensorShape(name=name, shape=tuple(tensor.shape), is_parameter=is_parameter)
+        for name, tensor, is_parameter in [*parameters, *buffers]
+    )
+
+
+def _operations(
+    model: nn.Module, calls: Sequence[Call], axes: Sequence[Axis]
+) -> tuple[Operation, ...]:
+    """Run the model once and return its multiply-accumulates, by module and axes."""
+    path = _ModulePath(model)
+    recorder = _Recorder(model, axes, path)
+    try:
+        with quiet_eval(model), countable_kernels(), path, recorder:
+            for call in calls:
+                run(model, call)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} must run on the example inputs; it raised "
+            f"{type(error).__name__}: {error}."
+        ) from error
+    return tuple(
+        Operation(module=module, macs=flops // 2, axes=names)
+        for (module, names), flops in recorder.flops.items()
+    )
+
+
+class _ModulePath:
+    """A context in which `current` is the path of the innermost running module."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._stack = [""]
+        self._handles: list[Any] = []
+
+    @property
+    def current(self) -> str:
+        return self._stack[-1]
+
+    def __enter__(self) -> _ModulePath:
+        for path, module in self._model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(self._push(path)))
+            self._handles.append(module.register_forward_hook(self._pop, always_call=True))
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _push(self, path: str) -> Any:
+        return lambda module, args: self._stack.append(path)
+
+    def _pop(self, *_: Any) -> None:
+        self._stack.pop()
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts FLOPs as `FlopCounterMode` does, by module and by the axes they grow with.
+
+    An operation on a weight grows with the axes that have a site on it; one without a weight
+    (attention scores) with the slice axis whose scope it lies in.
+    """
+
+    def __init__(self, model: nn.Module, axes: Sequence[Axis], path: _ModulePath):
+        from torch.utils.flop_counter import flop_registry  # lazy: it imports triton
+
+        self._formulas = flop_registry
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: dict[tuple[str, tuple[str, ...]], int] = collections.defaultdict(int)
+        self._path = path
+        self._scoped = [a for a in axes if a.removal == "slice" and a.scopes]
+        by_tensor: dict[str, list[str]] = collections.defaultdict(list)
+        for axis in axes:
+            for site in axis.sites:
+                if axis.name not in by_tensor[site.tensor]:
+                    by_tensor[site.tensor].append(axis.name)
+        self._weights = {
+            parameter.untyped_storage()._cdata: tuple(by_tensor[name])
+            for name, parameter in model.named_parameters()
+            if parameter.dim() > 1
+        }
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._overloadpacket not in self._formulas:
+            with self:
+                decomposed = func.decompose(*args, **kwargs)
+            if decomposed is not NotImplemented:
+                return decomposed
+        out = func(*args, **kwargs)
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            flops = formula(*args, **kwargs, out_val=out)
+            self.flops[self._path.current, self._axes_of(args)] += int(flops)
+        return out
+
+    def _axes_of(self, args: tuple[Any, ...]) -> tuple[str, ...]:
+        storages = [t.untyped_storage()._cdata for t in tensors_of(args)]
+        weights = [self._weights[s] for s in storages if s in self._weights]
+        if weights:
+            return tuple(dict.fromkeys(name for names in weights for name in names))
+        here = self._path.current
+        return tuple(a.name for a in self._scoped if any(under(here, s) for s in a.scopes[0]))

@@ -1,0 +1,59 @@
+"""Classes that cut open_clip modules take on. Imported only when a plan needs one."""
+
+from __future__ import annotations
+
+import torch
+from open_clip.transformer import ResidualAttentionBlock, Transformer
+from torch import Tensor, nn
+
+
+def _remember_dtype(module: nn.Module) -> None:
+    """Keep an empty buffer that follows `.to(dtype)`: open_clip asks a block for its dtype."""
+    first = next((p for p in module.parameters() if p.is_floating_point()), None)
+    dtype = torch.get_default_dtype() if first is None else first.dtype
+    device = None if first is None else first.device
+    module.register_buffer("weight_dtype", torch.empty(0, dtype=dtype, device=device), False)
+
+
+class PartialResidualAttentionBlock(ResidualAttentionBlock):  # type: ignore[misc]  # an untyped library
+    """A block that lost its attention half, its FFN half, or both (None)."""
+
+    def after_swap(self) -> None:
+        """Remember the dtype of the weights, before they go."""
+        _remember_dtype(self)
+
+    def get_weight_dtype(self) -> torch.dtype:
+        """The dtype of the weights that are, or were, here."""
+        dtype: torch.dtype = self.weight_dtype.dtype
+        return dtype
+
+    def forward(
+        self,
+        q_x: Tensor,
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x = q_x
+        if self.attn is not None:
+            if hasattr(self, "ln_1_kv"):
+                k_x, v_x = (None if t is None else self.ln_1_kv(t) for t in (k_x, v_x))
+            branch = self.attention(q_x=self.ln_1(x), k_x=k_x, v_x=v_x, attn_mask=attn_mask)
+            x = x + self.ls_1(branch)
+        if self.mlp is not None:
+            x = x + self.ls_2(self.mlp(self.ln_2(x)))
+        return x
+
+
+class EmptyTransformer(Transformer):  # type: ignore[misc]  # an untyped library
+    """A transformer that lost all its blocks."""
+
+    def after_swap(self) -> None:
+        """Remember the dtype of the weights, before they go."""
+        _remember_dtype(self)
+
+    def get_cast_dtype(self) -> torch.dtype:
+        """The dtype of the weights that were here."""
+        dtype: torch.dtype = self.weight_dtype.dtype
+        return dtype

@@ -1,0 +1,121 @@
+"""transformers' BLIP: fused-qkv vision, BERT-like text with cross attention, a text decoder.
+
+Four models: `BlipModel`, `BlipForImageTextRetrieval`, `BlipForQuestionAnswering`,
+`BlipForConditionalGeneration`. Text layers are post-norm: their halves end in a LayerNorm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vlprune.calls import Inputs
+from vlprune.families import _transformers
+from vlprune.layout import AttentionLayout, BlockLayout, Family, HalfLayout
+from vlprune.registry import FAMILIES
+
+_MODELING = "transformers.models.blip.modeling_blip"
+_TEXT = "transformers.models.blip.modeling_blip_text"
+_CLASSES = "vlprune.families._hf_blip_classes"
+
+
+def example_inputs(model: Any, batch: int) -> Inputs:
+    """Return pixel values and token ids; for retrieval both heads, matching and contrastive."""
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    ids = _transformers.token_ids(config.text_config, batch, 8, generator)
+    inputs: dict[str, Any] = {
+        "pixel_values": _transformers.images(config.vision_config, batch, generator),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+    }
+    kind = type(model).__name__
+    if kind == "BlipForImageTextRetrieval":
+        return [{**inputs, "use_itm_head": True}, {**inputs, "use_itm_head": False}]
+    if kind == "BlipForQuestionAnswering":
+        answers = _transformers.token_ids(config.text_config, batch, 5, generator)
+        inputs |= {"decoder_input_ids": answers, "decoder_attention_mask": torch.ones_like(answers)}
+    return [inputs]
+
+
+FAMILIES.register("hf_blip")(
+    Family(
+        models=tuple(
+            f"{_MODELING}.{name}"
+            for name in (
+                "BlipModel",
+                "BlipForImageTextRetrieval",
+                "BlipForQuestionAnswering",
+                "BlipForConditionalGeneration",
+            )
+        ),
+        towers=(
+            ("vision_model*", "vision"),
+            ("text_decoder*", "decoder"),
+            ("*.crossattention*", "fusion"),
+            ("*", "text"),
+        ),
+        example_inputs=example_inputs,
+        describe=_transformers.describe,
+        build=_transformers.build,
+        create=_transformers.create,
+        attentions=(
+            AttentionLayout(
+                cls=f"{_MODELING}.BlipAttention",
+                heads="num_heads",
+                head_dim="head_dim",
+                rows=(("qkv.weight", 3), ("qkv.bias", 3)),
+                out="projection",
+                knobs=(("num_heads", 1),),
+                cut=f"{_CLASSES}:CutBlipAttention",
+                empty=f"{_CLASSES}:HeadlessBlipAttention",
+            ),
+            AttentionLayout(
+                cls=f"{_TEXT}.BlipTextSelfAttention",
+                heads="num_attention_heads",
+                head_dim="attention_head_size",
+                rows=tuple(
+                    (f"{name}.{tensor}", 1)
+                    for name in ("query", "key", "value")
+                    for tensor in ("weight", "bias")
+                ),
+                out="../output.dense",
+                knobs=(("num_attention_heads", 1), ("all_head_size", "head_dim")),
+                empty=f"{_CLASSES}:HeadlessBlipTextSelfAttention",
+            ),
+        ),
+        blocks=(
+            BlockLayout(
+                cls=f"{_MODELING}.BlipEncoderLayer",
+                halves=_transformers.PRE_NORM_HALVES,
+                bypass=f"{_CLASSES}:PartialBlipEncoderLayer",
+                depth_knobs=("config.num_hidden_layers",),
+            ),
+            BlockLayout(
+                cls=f"{_TEXT}.BlipTextLayer",
+                halves=(
+                    HalfLayout(
+                        name="attention", gate="skip", module="attention", scopes=("attention",)
+                    ),
+                    HalfLayout(
+                        name="cross_attention",
+                        gate="skip",
+                        module="crossattention",
+                        scopes=("crossattention",),
+                    ),
+                    HalfLayout(
+                        name="ffn",
+                        gate="skip",
+                        module="output",
+                        scopes=("output", "intermediate"),
+                        argument=1,
+                        keyword="input_tensor",
+                    ),
+                ),
+                bypass=f"{_CLASSES}:PartialBlipTextLayer",
+                depth_knobs=("config.num_hidden_layers",),
+            ),
+        ),
+    )
+)

@@ -1,0 +1,1 @@
+"""Structures that can be removed, one a file, registered by name."""
