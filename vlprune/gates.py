@@ -1,0 +1,175 @@
+"""Gates: one number per unit, live on a model, where 0 means removed. Reversible, differentiable.
+
+One mechanism serves masks (values 0 or 1), importance (the gradient at 1), ablation (set to 0 and
+measure), learnable masks (a parameter) and statistics (a tap on what flows through). Leaving the
+context gives the model back bit for bit. For good, units are removed by `pruner.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vlprune.anatomy import Axis
+from vlprune.errors import PlanError
+from vlprune.layout import resolve
+
+Tap = Callable[[Axis, int | None, Tensor, Tensor | None], None]
+
+
+class Gates:
+    """Gates on axes of a model, on while the context is entered.
+
+    Args:
+        model: the model that the axes were found in.
+        axes: each gets one gate per unit.
+        per_sample: make a fresh gate of ones for every example in every forward, so that one
+            backward gives every example its own gate gradient (`sample_gradients`).
+        tap: called with (axis, unit, input, output) for what flows through a gate, before it is
+            multiplied: the consumer's input [..., features] and None for "input" gates, where unit
+            is None; else residual input and output of the unit's module.
+
+    Attributes:
+        values: axis name to its gate [units], ones at first, float32. Assign 0 and 1, a tensor
+            with a gradient, or a parameter. Moves to the device and dtype of what it multiplies.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        axes: Sequence[Axis],
+        *,
+        per_sample: bool = False,
+        tap: Tap | None = None,
+    ):
+        self.model = model
+        self.axes = tuple(axes)
+        self.values: dict[str, Tensor] = {}
+        self._per_sample = per_sample
+        self._tap = tap
+        self._samples: dict[tuple[str, int | None], list[Tensor]] = collections.defaultdict(list)
+        self._handles: list[RemovableHandle] = []
+        self._classes: list[tuple[nn.Module, type]] = []
+        for axis in self.axes:
+            device = next(model.get_submodule(axis.gate.modules[0]).parameters()).device
+            self.values[axis.name] = torch.ones(axis.units, device=device)
+
+    def __enter__(self) -> Gates:
+        for axis in self.axes:
+            self._attach(axis)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module, cls in reversed(self._classes):
+            module.__class__ = cls
+        self._handles.clear()
+        self._classes.clear()
+        self._samples.clear()
+
+    def keep(self, kept: Mapping[str, tuple[int, ...]]) -> None:
+        """Set the gates of every axis named in `kept` to 1 for its units and 0 for the others.
+
+        Raises:
+            PlanError: if an axis has no gate here.
+        """
+        for name, units in kept.items():
+            if name not in self.values:
+                raise PlanError(
+                    f"axis {name!r} must have a gate here; there are none of that "
+                    "name. Make the plan again with vlprune.plan."
+                )
+            value = torch.zeros_like(self.values[name])
+            value[list(units)] = 1
+            self.values[name] = value
+
+    def sample_gradients(self) -> list[tuple[str, int | None, Tensor]]:
+        """Return (axis, unit, gradient [examples, units]) of the last backward, and forget it.
+
+        `unit` is None where the gradient covers all units of the axis, else the one unit that it
+        belongs to (gradient [examples, 1]). A module that ran twice on the same examples has its
+        gradients added up.
+        """
+        found = []
+        for (name, unit), gates in self._samples.items():
+            by_size: dict[int, Tensor] = {}
+            for gate in gates:
+                if gate.grad is not None:
+                    size = gate.shape[0]
+                    by_size[size] = by_size[size] + gate.grad if size in by_size else gate.grad
+            found += [(name, unit, gradient) for gradient in by_size.values()]
+        self._samples.clear()
+        return found
+
+    def _attach(self, axis: Axis) -> None:
+        for swap in axis.swaps:
+            if swap.when == "gate":
+                self._swap(self.model.get_submodule(swap.module), resolve(swap.to))
+        if axis.gate.kind == "input":
+            consumer = self.model.get_submodule(axis.gate.modules[0])
+            self._handles.append(consumer.register_forward_pre_hook(self._input_hook(axis)))
+            return
+        for unit, path in enumerate(axis.gate.modules):
+            module = self.model.get_submodule(path)
+            hook = self._branch_hook(axis, unit)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def _swap(self, module: nn.Module, cls: type) -> None:
+        if not isinstance(module, cls):
+            self._classes.append((module, type(module)))
+            module.__class__ = cls
+
+    def _input_hook(self, axis: Axis) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        def multiply(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = args[0]  # [B, ..., U * block]
+            if self._tap:
+                self._tap(axis, None, x, None)
+            gate = self._gate(axis, None, x).repeat_interleave(axis.gate.block, dim=-1)
+            if gate.dim() == 2:  # one row an example: [B, F] -> [B, 1, ..., F]
+                gate = gate.reshape(gate.shape[0], *[1] * (x.dim() - 2), gate.shape[1])
+            return (x * gate, *args[1:])
+
+        return multiply
+
+    def _branch_hook(self, axis: Axis, unit: int) -> Callable[..., Any]:
+        def interpolate(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            out = output[0] if isinstance(output, tuple) else output
+            residual = _residual(axis, args, kwargs)
+            if self._tap:
+                self._tap(axis, unit, residual, out)
+            gate = self._gate(axis, unit, out)
+            if gate.dim() == 1 and self._per_sample:
+                gate = gate.reshape(-1, *[1] * (out.dim() - 1))  # [B] -> [B, 1, ...]
+            if axis.gate.kind == "output":
+                out = out * gate
+            else:  # exact at both ends: the input at 0, the output at 1
+                out = torch.lerp(residual.to(out.dtype), out, gate)
+            return (out, *output[1:]) if isinstance(output, tuple) else out
+
+        return interpolate
+
+    def _gate(self, axis: Axis, unit: int | None, x: Tensor) -> Tensor:
+        """[units] or a scalar; per sample [examples, units] or [examples]."""
+        if self._per_sample:
+            shape = (x.shape[0], axis.units if unit is None else 1)
+            fresh = torch.ones(shape, dtype=torch.float32, device=x.device, requires_grad=True)
+            self._samples[axis.name, unit].append(fresh)
+            value = fresh if unit is None else fresh[:, 0]
+        else:
+            value = self.values[axis.name] if unit is None else self.values[axis.name][unit]
+        return value.to(device=x.device, dtype=x.dtype)
+
+
+def _residual(axis: Axis, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    if len(args) > axis.gate.argument:
+        found = args[axis.gate.argument]
+    else:
+        found = kwargs.get(axis.gate.keyword, next(iter(kwargs.values())))
+    assert isinstance(found, Tensor), f"{axis.name}: no residual input at {axis.gate}"
+    return found
