@@ -1,0 +1,1 @@
+"""Ways to spend a budget over axes, one a file, registered by name."""

@@ -1,0 +1,52 @@
+"""Global: one ranking over all axes of all towers, by score per parameter (or MAC) saved.
+
+Only sensible for scores that mean the same everywhere (loss-based ones: taylor, fisher, mope).
+Magnitudes do not: their norms per parameter differ by kind, so one kind goes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vlprune.allocation._ranking import keep_within, removable
+from vlprune.anatomy import Anatomy, Axis
+from vlprune.cost import price
+from vlprune.plan import Cost, Scores
+from vlprune.registry import ALLOCATIONS
+
+
+@ALLOCATIONS.register("global")
+def global_ranking(
+    scores: Scores, budget: Mapping[str, float], *, min_units: int = 0
+) -> dict[str, tuple[int, ...]]:
+    """Return what stays, axis name to units.
+
+    Args:
+        scores: of every unit, comparable over axes.
+        budget: see `cost.absolute_budget`; met within one unit.
+        min_units: at least so many units stay on every axis.
+
+    Raises:
+        BudgetError: if the budget cannot be met.
+    """
+    allowed = removable(scores, min_units)
+    resource = "macs" if set(budget) == {"macs"} else "params"
+    dense = price(scores.anatomy, {})
+    order = []
+    for place, axis in enumerate(scores.anatomy.axes):
+        savings = _savings(scores.anatomy, axis, dense, resource)
+        for unit, value in enumerate(scores.values[axis.name]):
+            if (axis.name, unit) in allowed:
+                order.append((value / max(savings[unit], 1), place, (axis.name, unit)))
+    order.sort()
+    return keep_within(scores, [unit for *_, unit in order], budget)
+
+
+def _savings(anatomy: Anatomy, axis: Axis, dense: Cost, resource: str) -> list[float]:
+    """What removing each unit alone saves; units of a sliced axis cost the same."""
+    if axis.removal == "slice":
+        saved = getattr(dense, resource) - getattr(price(anatomy, {axis.name: ()}), resource)
+        return [saved / axis.units] * axis.units
+    units = range(axis.units)
+    without = ({axis.name: tuple(u for u in units if u != gone)} for gone in units)
+    return [getattr(dense, resource) - getattr(price(anatomy, keep), resource) for keep in without]

@@ -1,0 +1,36 @@
+"""Uniform: every axis loses the same share of its units, the least important first.
+
+The common default, and the baseline: it says nothing about which layer can spare more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vlprune.allocation._ranking import keep_within, ranked, removable
+from vlprune.plan import Scores
+from vlprune.registry import ALLOCATIONS
+
+
+@ALLOCATIONS.register("uniform")
+def uniform(
+    scores: Scores, budget: Mapping[str, float], *, min_units: int = 0
+) -> dict[str, tuple[int, ...]]:
+    """Return what stays, axis name to units.
+
+    Args:
+        scores: of every unit.
+        budget: see `cost.absolute_budget`; met within one unit.
+        min_units: at least so many units stay on every axis.
+
+    Raises:
+        BudgetError: if the budget cannot be met.
+    """
+    allowed = removable(scores, min_units)
+    order = []
+    for place, axis in enumerate(scores.anatomy.axes):
+        for rank, unit in enumerate(ranked(scores, axis.name)):
+            if (axis.name, unit) in allowed:
+                order.append(((rank + 0.5) / axis.units, place, (axis.name, unit)))
+    order.sort()
+    return keep_within(scores, [unit for *_, unit in order], budget)

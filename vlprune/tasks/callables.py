@@ -1,0 +1,67 @@
+"""A task from two callables: the shortest way to score a model on one's own loss and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlprune.calls import Inputs, quiet_eval
+from vlprune.registry import TASKS
+
+
+@TASKS.register("callables")
+class CallableTask:
+    """A task from `loss(model, batch)` and, where it is better, `measure(model)`.
+
+    Args:
+        batches: a list or loader that can be gone through many times.
+        loss: model and batch to a scalar, the mean over the batch.
+        measure: model to a float, higher is better; default: minus the mean loss.
+        example_inputs: inputs of one example, for dissecting and checking the model.
+        name: for reports.
+
+    Raises:
+        TypeError: if `batches` can be gone through only once.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        loss: Callable[[nn.Module, Any], Tensor],
+        measure: Callable[[nn.Module], float] | None = None,
+        example_inputs: Inputs | None = None,
+        name: str = "callables",
+    ):
+        if iter(batches) is batches:
+            raise TypeError(
+                "batches must be a list or loader that can be gone through many times; got an "
+                f"iterator {type(batches).__name__}. Wrap it in list()."
+            )
+        self.name = name
+        self._batches = batches
+        self._loss = loss
+        self._measure = measure
+        self._example_inputs = example_inputs
+
+    def batches(self) -> Iterable[Any]:
+        """Yield the batches."""
+        return self._batches
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the mean loss of one batch."""
+        return self._loss(model, batch)
+
+    def measure(self, model: nn.Module) -> float:
+        """Return the measure, or minus the mean loss over batches."""
+        with torch.no_grad(), quiet_eval(model):
+            if self._measure is not None:
+                return float(self._measure(model))
+            losses = [self._loss(model, batch) for batch in self._batches]
+        return -float(torch.stack(losses).mean())
+
+    def example_inputs(self) -> Inputs | None:
+        """Return the inputs of one example, None where they were not given."""
+        return self._example_inputs

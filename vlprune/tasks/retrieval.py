@@ -1,0 +1,159 @@
+"""Image-text retrieval for dual encoders: contrastive loss, recall mean.
+
+Recall mean is the mean of R@1, R@5 and R@10, text retrieval and image retrieval, in percent. Ties
+count against: constant embeddings score nothing. Images whose captions are equal are all correct
+answers to each other's captions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlprune.calls import Inputs, map_tensors, quiet_eval
+from vlprune.registry import TASKS
+
+Encode = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Recall:
+    """Recalls in percent; text retrieval is image to text."""
+
+    text: dict[int, float]
+    image: dict[int, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean of all."""
+        values = [*self.text.values(), *self.image.values()]
+        return sum(values) / len(values)
+
+
+@TASKS.register("retrieval")
+class Retrieval:
+    """Retrieval over pairs of images and token ids.
+
+    Args:
+        loader: batches {"image": [B, C, H, W], "text": [B, T]} or (image, text); gone through many
+            times, so a list or a loader without shuffling. Two captions are equal when their
+            token ids are.
+        ks: the k of recall at k.
+        encode: (model, image, text) to features [B, E] each, before normalisation; default: the
+            model's `encode_image` and `encode_text`, or `get_image_features` and
+            `get_text_features`.
+
+    Raises:
+        ValueError: if the loader is empty.
+    """
+
+    name = "retrieval"
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        ks: tuple[int, ...] = (1, 5, 10),
+        encode: Encode | None = None,
+    ):
+        self._loader = loader
+        self.ks = ks
+        self._encode = encode or encode_pair
+
+    def batches(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Yield (image, text)."""
+        for batch in self._loader:
+            yield (
+                (batch["image"], batch["text"]) if isinstance(batch, Mapping) else tuple(batch[:2])
+            )
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the symmetric InfoNCE of one batch, at the model's own temperature."""
+        image, text = (x.to(_device(model)) for x in batch)
+        image_features, text_features = self._features(model, image, text)
+        logits = _logit_scale(model) * image_features @ text_features.T
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    def measure(self, model: nn.Module) -> float:
+        """Return the recall mean in percent."""
+        return self.recall(model).mean
+
+    def recall(self, model: nn.Module) -> Recall:
+        """Return every recall."""
+        images, texts, ids = [], [], []
+        with torch.no_grad(), quiet_eval(model):
+            for image, text in self.batches():
+                image_features, text_features = self._features(
+                    model, image.to(_device(model)), text.to(_device(model))
+                )
+                images.append(image_features)
+                texts.append(text_features)
+                ids.append(text)
+        if not images:
+            raise ValueError("loader must yield at least one batch; got none in Retrieval.")
+        similarity = torch.cat(images).float() @ torch.cat(texts).float().T
+        return recall(similarity, torch.cat(ids).to(similarity.device), self.ks)
+
+    def example_inputs(self) -> Inputs:
+        """Return one image and one text, as tuple or keywords as the first batch has them."""
+        first = next(iter(self._loader))
+        one = map_tensors(first, lambda t: t[:1])
+        return (one["image"], one["text"]) if isinstance(one, Mapping) else tuple(one[:2])
+
+    def _features(self, model: nn.Module, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        image_features, text_features = self._encode(model, image, text)
+        return F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+
+
+def recall(similarity: Tensor, captions: Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> Recall:
+    """Return recalls of a similarity matrix.
+
+    Args:
+        similarity: [images, texts], row i belongs to column i.
+        captions: token ids [texts, T]; columns with equal ids are equally correct.
+        ks: the k of recall at k.
+    """
+    _, group = torch.unique(captions, dim=0, return_inverse=True)
+    correct = group[:, None] == group[None, :]
+    return Recall(
+        text=_hit_rates(similarity, correct, ks), image=_hit_rates(similarity.T, correct, ks)
+    )
+
+
+def _hit_rates(similarity: Tensor, correct: Tensor, ks: tuple[int, ...]) -> dict[int, float]:
+    best = similarity.masked_fill(~correct, float("-inf")).amax(1, keepdim=True)
+    wrong_before = ((similarity >= best) & ~correct).sum(1)  # ties count against
+    hit = best.squeeze(1).isfinite()  # NaN features find nothing
+    return {k: 100 * float(((wrong_before < k) & hit).double().mean()) for k in ks}
+
+
+def encode_pair(model: Any, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features of open_clip and transformers dual encoders, before normalisation.
+
+    Raises:
+        TypeError: if the model has neither pair of methods.
+    """
+    if hasattr(model, "encode_image"):
+        return model.encode_image(image), model.encode_text(text)
+    if hasattr(model, "get_image_features"):
+        found = model.get_image_features(pixel_values=image), model.get_text_features(text)
+        image_features, text_features = (getattr(x, "pooler_output", x) for x in found)
+        return image_features, text_features
+    raise TypeError(
+        f"model must have encode_image and encode_text; {type(model).__name__} has not. "
+        "Give Retrieval(loader, encode=...)."
+    )
+
+
+def _logit_scale(model: nn.Module) -> Tensor:
+    scale = getattr(model, "logit_scale", None)
+    return scale.detach().exp() if isinstance(scale, Tensor) else torch.tensor(1 / 0.07)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
