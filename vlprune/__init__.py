@@ -1,0 +1,31 @@
+"""vlprune: structured pruning for vision-language transformers. Removes weights, not tokens.
+
+The verbs: create_model, dissect, score, plan, mask, prune, verify, save_pretrained,
+from_pretrained. The nouns: Anatomy, Scores, Plan, Gates. Plug-ins: `vlprune.metrics`,
+`vlprune.strategies`, `vlprune.allocation`, `vlprune.families`, `vlprune.tasks`.
+"""
+
+from vlprune import metrics as metrics
+from vlprune import tasks as tasks
+from vlprune.anatomy import Anatomy as Anatomy
+from vlprune.anatomy import Axis as Axis
+from vlprune.contracts import Allocation as Allocation
+from vlprune.contracts import Metric as Metric
+from vlprune.contracts import Strategy as Strategy
+from vlprune.contracts import Task as Task
+from vlprune.cost import price as price
+from vlprune.dissect import dissect as dissect
+from vlprune.gates import Gates as Gates
+from vlprune.pipeline import create_model as create_model
+from vlprune.pipeline import mask as mask
+from vlprune.pipeline import plan as plan
+from vlprune.pipeline import prune as prune
+from vlprune.pipeline import score as score
+from vlprune.pipeline import verify as verify
+from vlprune.plan import Cost as Cost
+from vlprune.plan import Plan as Plan
+from vlprune.plan import Scores as Scores
+from vlprune.plan import make_plan as make_plan
+from vlprune.pruner import DependencyGraphPruner as DependencyGraphPruner
+from vlprune.store import from_pretrained as from_pretrained
+from vlprune.store import save_pretrained as save_pretrained

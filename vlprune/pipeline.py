@@ -1,0 +1,286 @@
+"""The verbs: create_model, score, plan, mask, prune, verify. Each stands alone; values in between.
+
+dissect is in `dissect.py`, save_pretrained and from_pretrained in `store.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sized
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlprune.anatomy import Anatomy
+from vlprune.calls import Inputs, clone, map_tensors, quiet_eval
+from vlprune.contracts import Task
+from vlprune.cost import absolute_budget, dense_cost, price
+from vlprune.dissect import default_inputs, dissect
+from vlprune.errors import UnknownNameError
+from vlprune.gates import Gates
+from vlprune.law import check_masked_equals_cut
+from vlprune.plan import Plan, Scores, make_plan
+from vlprune.pruner import (
+    DependencyGraphPruner,
+    Record,
+    attach_record,
+    check_fits,
+    cut_,
+    record_of,
+    source_of,
+)
+from vlprune.registry import ALLOCATIONS, FAMILIES, METRICS
+from vlprune.store import from_pretrained
+
+Progress = Callable[[int, int], None]
+
+
+def create_model(spec: str, *, pretrained: str | bool | None = None, **arguments: Any) -> nn.Module:
+    """Return the model that `spec` names, in eval mode.
+
+    Args:
+        spec: "open_clip:NAME", "timm:NAME", "hf:FOLDER-OR-HUB-NAME", "scenes-clip" (the small
+            trained CLIP that ships), or a folder that `save_pretrained` wrote.
+        pretrained: weights: an open_clip tag, True or False for timm and hf. Default: the weights
+            in an hf folder, random ones for open_clip and timm.
+        arguments: passed to the library's own constructor.
+
+    Raises:
+        UnknownNameError: if `spec` names nothing.
+        CheckpointError: if it is a damaged folder.
+    """
+    if spec == "scenes-clip":
+        from vlprune.tasks.scenes import load_scenes_clip  # lazy: spares open_clip
+
+        model: nn.Module = load_scenes_clip()
+    elif Path(spec).is_dir():
+        return from_pretrained(spec)
+    else:
+        library, _, name = spec.partition(":")
+        named = [f for key, f in FAMILIES.items() if library in (key, key.partition("_")[0])]
+        found = [family.create for family in named if family.create is not None]
+        if not name or not found:
+            raise UnknownNameError(
+                f"model {spec!r} must be open_clip:NAME, timm:NAME, hf:FOLDER, scenes-clip or a "
+                "saved folder; it is none of these."
+            )
+        options = {} if pretrained is None else {"pretrained": pretrained}
+        model = found[0](name, **options, **arguments)
+    source = source_of(model)
+    if source is not None:
+        made = {"spec": spec, "pretrained": pretrained, "arguments": arguments}
+        attach_record(model, Record(source={**source, "made": made}))
+    return model
+
+
+def score(
+    model: nn.Module,
+    metric: str = "fisher",
+    task: Task | None = None,
+    *,
+    anatomy: Anatomy | None = None,
+    example_inputs: Inputs | None = None,
+    strategies: tuple[str, ...] = ("head", "ffn"),
+    max_batches: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Scores:
+    """Return what every unit of `model` is worth.
+
+    Args:
+        model: any model that can be dissected; run in eval mode and left as it was.
+        metric: a name in the registry, see `vlprune list`.
+        task: batches, loss and measure; metrics that read only weights need none.
+        anatomy: of the model, to spare a dissection.
+        example_inputs: for the dissection; default: the task's, else the family's.
+        strategies: kinds of axes to score.
+        max_batches: of the task, for metrics that run batches.
+        progress: called with (done, total).
+        settings: of the metric. One that takes scores (mope's `rewire`) may be a metric's name.
+
+    Raises:
+        UnknownNameError: for an unknown metric.
+        TypeError: if the metric needs a task and there is none.
+    """
+    kind = METRICS[metric]
+    if kind.needs != "nothing" and task is None:
+        raise TypeError(
+            f"metric {metric!r} needs a task ({kind.needs} on its batches); got none. "
+            "Give task=vlprune.tasks.Retrieval(loader), or one of your own."
+        )
+    if anatomy is None:
+        inputs = example_inputs if example_inputs is not None else _task_inputs(model, task)
+        anatomy = dissect(model, inputs)
+    for name in getattr(kind, "takes_scores", ()):
+        if isinstance(settings.get(name), str):
+            settings[name] = score(
+                model,
+                settings[name],
+                task,
+                anatomy=anatomy,
+                strategies=strategies,
+                max_batches=max_batches,
+            )
+    with quiet_eval(model), _frozen(model):
+        if kind.needs == "measure":
+            assert task is not None
+            with kind(
+                model, anatomy, strategies=strategies, progress=progress, **settings
+            ) as meter:
+                with torch.no_grad():
+                    meter.update(lambda: task.measure(model))
+                return _scores(meter)
+        with kind(model, anatomy, strategies=strategies, **settings) as meter:
+            if kind.needs != "nothing":
+                assert task is not None
+                _run_batches(meter, model, task, kind.needs, max_batches, progress)
+            return _scores(meter)
+
+
+def _scores(meter: Any) -> Scores:
+    scores: Scores = meter.compute()
+    return scores
+
+
+def _run_batches(
+    meter: Any,
+    model: nn.Module,
+    task: Task,
+    needs: str,
+    max_batches: int | None,
+    progress: Progress | None,
+) -> None:
+    batches = task.batches()
+    total = len(batches) if isinstance(batches, Sized) else 0
+    for done, batch in enumerate(itertools.islice(batches, max_batches), start=1):
+        with torch.set_grad_enabled(needs == "backward"):
+            loss = task.loss(model, batch)
+        if needs == "backward":
+            loss.backward()  # type: ignore[no-untyped-call]
+        meter.update()
+        if progress:
+            progress(done, min(total, max_batches or total) or done)
+
+
+def _task_inputs(model: nn.Module, task: Task | None) -> Inputs | None:
+    inputs = task.example_inputs() if task is not None else None
+    if inputs is None:
+        return None
+    device = next(model.parameters()).device
+    moved: Inputs = map_tensors(inputs, lambda t: t.to(device))
+    return moved
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Spare the gradients of the weights: only gates need theirs."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def plan(
+    scores: Scores,
+    budget: Mapping[str, float],
+    allocation: str = "global",
+    *,
+    min_units: int = 0,
+) -> Plan:
+    """Return which units stay so that the model costs no more than `budget`.
+
+    Args:
+        scores: what every unit is worth.
+        budget: {"params": 0.5} or {"macs": 0.5} of the whole model, {"prunable_params": 0.5} of
+            what the scored axes can remove; floats are shares to keep, integers absolutes.
+        allocation: a name in the registry: how the budget is spread over axes.
+        min_units: at least so many units stay on every axis.
+
+    Raises:
+        BudgetError: if it cannot be met, saying the least and the most that can be reached.
+    """
+    anatomy = scores.anatomy
+    absolute_budget(anatomy, budget)
+    keep = ALLOCATIONS[allocation](scores, budget, min_units=min_units)
+    return make_plan(
+        anatomy,
+        keep,
+        asked=budget,
+        dense=dense_cost(anatomy),
+        planned=price(anatomy, keep),
+        made_by={
+            "metric": scores.metric,
+            "settings": scores.settings,
+            "strategies": list(anatomy.kinds),
+            "allocation": allocation,
+            "min_units": min_units,
+        },
+    )
+
+
+@contextlib.contextmanager
+def mask(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
+    """Yield `model` computing as if cut by `plan`; bit-exact as before when the block ends.
+
+    Raises:
+        PlanError: if the plan was made for another structure.
+    """
+    check_fits(plan, model)
+    with Gates(model, plan.axes) as gates:
+        gates.keep(plan.keep)
+        yield model
+
+
+def prune(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Inputs | None = None,
+    *,
+    verify: bool = True,
+    inplace: bool = False,
+) -> nn.Module:
+    """Return a new, smaller module: `model` without the units that `plan` does not keep.
+
+    Args:
+        model: left as it was unless `inplace`. Make optimisers after pruning: parameters are new.
+        plan: made for this model's structure.
+        example_inputs: what the check runs on; default: made by the family of the model's class.
+        verify: check in float64 that the result computes what the masked model does.
+        inplace: cut the given model itself.
+
+    Raises:
+        PlanError: if the plan does not fit.
+        LawError: if masked and cut model disagree; the model is not returned.
+    """
+    return DependencyGraphPruner(model, example_inputs).prune(plan, verify=verify, inplace=inplace)
+
+
+def verify(dense: nn.Module, small: nn.Module, example_inputs: Inputs | None = None) -> float:
+    """Return the relative error between `dense` masked by the plans of `small`, and `small`.
+
+    Args:
+        dense: the model that `small` was cut from, with the weights it had then.
+        small: as `prune` or `from_pretrained` returned it, not trained since.
+        example_inputs: default: made by the family of the model's class.
+
+    Raises:
+        LawError: if they disagree.
+        ValueError: if `small` was never cut.
+    """
+    plans = record_of(small).plans
+    if not plans:
+        raise ValueError("small must carry a plan; this model was never cut by vlprune.prune.")
+    inputs = default_inputs(dense, batch=2) if example_inputs is None else example_inputs
+    before_last = clone(dense)
+    for earlier in plans[:-1]:
+        check_fits(earlier, before_last)
+        cut_(before_last, earlier)
+    check_fits(plans[-1], before_last)
+    return check_masked_equals_cut(before_last, small, plans[-1], inputs)
