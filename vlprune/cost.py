@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vlprune.anatomy import Anatomy, under
-from vlprune.calls import Inputs, calls_of, run
+from vlprune.calls import Inputs, calls_of, quiet_eval, run
 from vlprune.errors import BudgetError
 from vlprune.plan import Cost
 
@@ -161,3 +161,21 @@ class countable_kernels:
         self._no_grad.__exit__(None, None, None)
         self._sdpa.__exit__(None, None, None)
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
+
+
+def latency_ms(model: nn.Module, example_inputs: Inputs, min_run_time_s: float = 1.0) -> float:
+    """Return the median milliseconds that `model` takes for `example_inputs`, measured here.
+
+    Uses torch's benchmark timer with the number of threads that torch is set to. On a shared
+    machine only ratios from one run mean much.
+    """
+    from torch.utils.benchmark import Timer  # lazy: spares `import vlprune` its start-up time
+
+    calls = calls_of(example_inputs)
+    timer = Timer(
+        "for call in calls: run(model, call)",
+        globals={"calls": calls, "run": run, "model": model},
+        num_threads=torch.get_num_threads(),
+    )
+    with torch.inference_mode(), quiet_eval(model):
+        return float(timer.blocked_autorange(min_run_time=min_run_time_s).median) * 1e3

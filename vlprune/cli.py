@@ -1,0 +1,378 @@
+"""The command line: inspect, score, plan, prune, verify, list, demo.
+
+MODEL is open_clip:NAME, timm:NAME, hf:FOLDER, scenes-clip, or a folder saved by vlprune. What a
+user can get wrong ends in a message and exit code 2; a model that breaks the law in exit code 1.
+Set VLPRUNE_DEBUG=1 for tracebacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from vlprune import registry
+from vlprune.errors import LawError, TraceError, UnknownNameError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Structured pruning for vision-language transformers: weights, not tokens.",
+)
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[
+    str, typer.Argument(help="open_clip:NAME, timm:NAME, hf:FOLDER, scenes-clip or a saved folder")
+]
+Pretrained = Annotated[
+    str, typer.Option(help="Weights: an open_clip tag, or 'yes' for timm and hf.")
+]
+Device = Annotated[str, typer.Option(help="Device to run on, such as cpu or cuda.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+TaskName = Annotated[
+    str,
+    typer.Option(
+        "--task", help="'scenes', or module:function that takes the model and returns a task."
+    ),
+]
+Examples = Annotated[int, typer.Option(help="Scenes to score on.")]
+MetricName = Annotated[str, typer.Option("--metric", help="See `vlprune list`.")]
+Strategies = Annotated[str, typer.Option(help="Structures to score, with commas.")]
+Settings = Annotated[list[str], typer.Option("--set", help="Setting of the metric, key=value.")]
+Budget = Annotated[
+    list[str], typer.Option(help="What may stay: params=0.5, macs=0.5, prunable_params=0.5.")
+]
+AllocationName = Annotated[str, typer.Option("--allocation", help="See `vlprune list`.")]
+MinUnits = Annotated[int, typer.Option(help="Units that stay on every axis at least.")]
+
+
+@app.command()
+def inspect(
+    model: Model,
+    pretrained: Pretrained = "",
+    device: Device = "cpu",
+    axes: Annotated[bool, typer.Option(help="List every axis.")] = False,
+) -> None:
+    """Show what can be removed from a model, and what is left whole and why."""
+    import vlprune
+    from vlprune.report import anatomy_table
+
+    anatomy = vlprune.dissect(_model(model, pretrained, device))
+    out.print(anatomy_table(anatomy))
+    if axes:
+        for axis in anatomy.axes:
+            out.print(f"{axis.name}  {axis.tower}  {axis.units} units", highlight=False)
+    for refusal in anatomy.refusals:
+        out.print(f"left whole: {refusal.module}: {refusal.reason}", markup=False)
+
+
+@app.command()
+def score(
+    model: Model,
+    to: Annotated[Path, typer.Option("--out", help="Where the scores go, JSON.")],
+    metric: MetricName = "fisher",
+    task: TaskName = "",
+    examples: Examples = 512,
+    strategies: Strategies = "head,ffn",
+    settings: Settings = [],  # noqa: B006  # typer reads the default and never changes it
+    pretrained: Pretrained = "",
+    device: Device = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """Score every unit of a model by a metric."""
+    from vlprune.store import write_json
+
+    scores = _score(
+        _model(model, pretrained, device), metric, task, examples, strategies, settings, seed
+    )
+    write_json(scores, to)
+    out.print(f"{sum(a.units for a in scores.anatomy.axes):,} units scored: {to}")
+
+
+@app.command()
+def plan(
+    scores: Annotated[Path, typer.Argument(help="What `vlprune score` wrote.")],
+    to: Annotated[Path, typer.Option("--out", help="Where the plan goes, JSON.")],
+    budget: Budget = ["params=0.5"],  # noqa: B006  # as above
+    allocation: AllocationName = "global",
+    min_units: MinUnits = 0,
+    picture: Annotated[Path | None, typer.Option(help="Draw what stays, PNG.")] = None,
+) -> None:
+    """Choose what stays within a budget."""
+    import vlprune
+    from vlprune.report import draw_plan
+    from vlprune.store import read_scores, write_json
+
+    chosen = vlprune.plan(
+        read_scores(scores), _pairs(budget, "budget", float), allocation, min_units=min_units
+    )
+    write_json(chosen, to)
+    if picture:
+        draw_plan(chosen, picture)
+    _show_plan(chosen)
+
+
+@app.command()
+def prune(
+    model: Model,
+    to: Annotated[Path, typer.Option("--out", help="Folder for the cut model.")],
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="What `vlprune plan` wrote; else one is made.")
+    ] = None,
+    budget: Budget = ["params=0.5"],  # noqa: B006  # as above
+    metric: MetricName = "fisher",
+    allocation: AllocationName = "global",
+    task: TaskName = "",
+    examples: Examples = 512,
+    strategies: Strategies = "head,ffn",
+    settings: Settings = [],  # noqa: B006  # as above
+    min_units: MinUnits = 0,
+    pretrained: Pretrained = "",
+    device: Device = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """Cut a model, prove that masked = cut, and save it."""
+    import vlprune
+    from vlprune.cost import count_params
+    from vlprune.pruner import record_of
+    from vlprune.store import read_plan
+
+    dense = _model(model, pretrained, device)
+    if plan_file:
+        chosen = read_plan(plan_file)
+    else:
+        scores = _score(dense, metric, task, examples, strategies, settings, seed)
+        wanted = _pairs(budget, "budget", float)
+        chosen = vlprune.plan(scores, wanted, allocation, min_units=min_units)
+    _show_plan(chosen)
+    small = vlprune.prune(dense, chosen)
+    vlprune.save_pretrained(small, to)
+    error = record_of(small).relative_error
+    out.print(f"achieved {count_params(small):,} params of {count_params(dense):,}")
+    out.print(f"proven   masked = cut to {error:.1e}; saved and reloaded bit-equal: {to}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="What `vlprune prune` saved.")],
+    original: Annotated[
+        str, typer.Option(help="The dense MODEL; default: the one the checkpoint names.")
+    ] = "",
+    pretrained: Pretrained = "",
+) -> None:
+    """Check a saved model: files, weights, plan, and masked = cut against the original."""
+    import vlprune
+    from vlprune.cost import count_params
+    from vlprune.pruner import record_of
+
+    small = vlprune.from_pretrained(folder)
+    record = record_of(small)
+    out.print(f"files    intact; {count_params(small):,} params load strictly")
+    made = (record.source or {}).get("made") or {}
+    if not original and made.get("spec") and (made["pretrained"] or made["spec"] == "scenes-clip"):
+        dense = vlprune.create_model(
+            made["spec"], pretrained=made["pretrained"], **made["arguments"]
+        )
+    elif original:
+        dense = _model(original, pretrained, "cpu")
+    else:
+        out.print("original its weights are unknown; give --original MODEL to check masked = cut")
+        return
+    error = vlprune.verify(dense, small)
+    out.print(f"proven   the masked original computes what this model computes, to {error:.1e}")
+
+
+@app.command(name="list")
+def list_() -> None:
+    """List metrics, strategies, allocations, families and tasks."""
+    table = Table("kind", "name", "what")
+    for names in (
+        registry.METRICS,
+        registry.STRATEGIES,
+        registry.ALLOCATIONS,
+        registry.FAMILIES,
+        registry.TASKS,
+    ):
+        for name, entry in names.items():
+            module = importlib.import_module(getattr(entry, "__module__", names.group))
+            doc = (module.__doc__ or "").strip().partition("\n")[0]
+            table.add_row(names.noun, name, doc if names is not registry.FAMILIES else "")
+    out.print(table)
+
+
+@app.command()
+def demo(
+    to: Annotated[Path, typer.Option("--out", help="Folder for model and picture.")] = Path(
+        "vlprune-demo"
+    ),
+    examples: Examples = 384,
+    seed: Seed = 0,
+) -> None:
+    """Cut a trained CLIP in half by three criteria, on real images, and prove the result."""
+    import torch
+
+    from vlprune.demo import demo_table, run_demo
+    from vlprune.tasks import Retrieval
+    from vlprune.tasks.scenes import loader
+
+    torch.manual_seed(seed)
+    test = Retrieval(loader("test", 1000, seed, 250))
+    calibration = Retrieval(loader("train", examples, seed + 1, 128))
+    with _progress() as stage:
+        result = run_demo(to, test, calibration, stage)
+    out.print(demo_table(result))
+    out.print(
+        f"proven   masked = cut to {result.relative_error:.1e}; reloaded recall mean "
+        f"{result.reloaded_recall:.1f}\nmodel    {result.folder}\npicture  {result.picture}"
+    )
+
+
+def main() -> None:
+    """Run the command line; messages instead of tracebacks for what a user can get wrong."""
+    try:
+        app()
+    except (LawError, TraceError) as error:
+        _fail(error, 1)
+    except (ValueError, LookupError, TypeError, OSError) as error:
+        _fail(error, 2)
+
+
+def _fail(error: Exception, code: int) -> None:
+    if os.environ.get("VLPRUNE_DEBUG"):
+        raise error
+    text = str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
+    err.print(f"[bold red]error:[/] {_escape(text)}", highlight=False)
+    sys.exit(code)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _model(spec: str, pretrained: str, device: str) -> Any:
+    import vlprune
+
+    weights: str | bool | None = pretrained or None
+    if pretrained in ("yes", "no"):
+        weights = pretrained == "yes"
+    return vlprune.create_model(spec, pretrained=weights).to(device)
+
+
+def _score(
+    model: Any,
+    metric: str,
+    task: str,
+    examples: int,
+    strategies: str,
+    settings: list[str],
+    seed: int,
+) -> Any:
+    import torch
+
+    import vlprune
+
+    torch.manual_seed(seed)
+    options = _pairs(settings, "set", _literal)
+    if metric == "random":
+        options.setdefault("seed", seed)
+    with _progress() as stage:
+        return vlprune.score(
+            model,
+            metric,
+            _task(task, model, examples, seed),
+            strategies=tuple(strategies.split(",")),
+            progress=stage(metric),
+            **options,
+        )
+
+
+def _task(name: str, model: Any, examples: int, seed: int) -> Any:
+    if not name:
+        return None
+    if name == "scenes":
+        from vlprune.tasks import Retrieval
+        from vlprune.tasks.scenes import loader
+
+        return Retrieval(loader("train", examples, seed, 128))
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)(model)
+    except (ImportError, AttributeError) as error:
+        raise UnknownNameError(
+            f"task {name!r} must be 'scenes' or module:function; {error}."
+        ) from error
+
+
+def _pairs(entries: list[str], what: str, convert: Callable[[str], Any]) -> dict[str, Any]:
+    found = {}
+    for entry in entries:
+        key, equals, value = entry.partition("=")
+        try:
+            found[key] = convert(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"--{what} must be key=value; got {entry!r}.")
+    return found
+
+
+def _literal(text: str) -> Any:
+    for convert in (int, float):
+        with contextlib.suppress(ValueError):
+            return convert(text)
+    return text
+
+
+def _show_plan(chosen: Any) -> None:
+    from vlprune.report import plan_table
+
+    out.print(plan_table(chosen))
+    asked = ", ".join(f"{key} {value:g}" for key, value in chosen.asked.items())
+    dense, planned = dataclasses.asdict(chosen.dense), dataclasses.asdict(chosen.planned)
+    shares = ", ".join(f"{k} {planned[k]:,} ({planned[k] / dense[k]:.1%})" for k in dense)
+    out.print(f"asked    {asked}\nplanned  {shares}")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Yield a function from a title to a progress callback (done, total), with an ETA."""
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err) as bars:
+
+        def stage(title: str) -> Callable[[int, int], None]:
+            bar = bars.add_task(title, total=None)
+            return lambda done, total: bars.update(bar, completed=done, total=total)
+
+        yield stage
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""`vlprune demo`: a trained CLIP on real images loses half of its prunable parameters.
+
+Three criteria at equal cost, uniform and global, on the shipped scenes-clip; one table, one
+picture, and the best result saved and loaded again. No download.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from vlprune.contracts import Task
+from vlprune.cost import dense_cost, latency_ms
+from vlprune.dissect import dissect
+from vlprune.pipeline import create_model, plan, prune, score, verify
+from vlprune.plan import Cost, Plan
+from vlprune.pruner import record_of
+from vlprune.report import draw_plan
+from vlprune.store import from_pretrained, save_pretrained
+
+METRICS_SHOWN = ("mope", "taylor", "magnitude")
+ALLOCATIONS_SHOWN = ("uniform", "global")
+KEEP = 0.5
+
+Stage = Callable[[str], Callable[[int, int], None]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DemoRow:
+    """One line of the demo's table."""
+
+    metric: str
+    allocation: str
+    recall: float
+    cost: Cost
+    latency_ms: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DemoResult:
+    """What the demo found: the dense row first, then one per metric and allocation."""
+
+    rows: tuple[DemoRow, ...]
+    best: DemoRow
+    folder: Path
+    picture: Path
+    relative_error: float
+    reloaded_recall: float
+
+
+def run_demo(folder: Path, test: Task, calibration: Task, stage: Stage) -> DemoResult:
+    """Run the demo and return what it found; writes the best model and its picture to `folder`.
+
+    Args:
+        folder: for the checkpoint ("scenes-clip-half") and the picture ("kept.png").
+        test: the task that recall mean is measured on.
+        calibration: the task that units are scored on; other scenes than `test`.
+        stage: called with a title, returns a progress callback (done, total).
+    """
+    model = create_model("scenes-clip")
+    inputs = test.example_inputs()
+    anatomy = dissect(model, inputs)
+    timed = next(iter(calibration.batches()))
+    dense = _row(model, "dense", "", dense_cost(anatomy), test, timed)
+    cuts = []
+    for metric in METRICS_SHOWN:
+        settings: dict[str, Any] = {"rewire": "taylor"} if metric == "mope" else {}
+        scores = score(
+            model, metric, calibration, anatomy=anatomy, progress=stage(metric), **settings
+        )
+        for allocation in ALLOCATIONS_SHOWN:
+            chosen = plan(scores, {"prunable_params": KEEP}, allocation)
+            small = prune(model, chosen, inputs)
+            assert chosen.planned is not None
+            cuts.append((_row(small, metric, allocation, chosen.planned, test, timed), small))
+    best, small = max(cuts, key=lambda cut: cut[0].recall)
+    picture = _draw(folder, best, record_of(small).plans[-1])
+    saved = save_pretrained(small, folder / "scenes-clip-half")
+    reloaded = from_pretrained(saved)
+    return DemoResult(
+        rows=(dense, *(row for row, _ in cuts)),
+        best=best,
+        folder=saved,
+        picture=picture,
+        relative_error=verify(model, reloaded, inputs),
+        reloaded_recall=test.measure(reloaded),
+    )
+
+
+def demo_table(result: DemoResult) -> Table:
+    """Return the demo's one table."""
+    dense = result.rows[0]
+    table = Table(title=f"scenes-clip, {1 - KEEP:.0%} of the prunable parameters removed")
+    for name in ("metric", "allocation", "recall mean", "of dense", "params", "MACs", "latency"):
+        table.add_column(name, justify="left" if name in ("metric", "allocation") else "right")
+    for row in result.rows:
+        table.add_row(
+            row.metric,
+            row.allocation,
+            f"{row.recall:.1f}",
+            f"{row.recall / dense.recall:.0%}",
+            f"{row.cost.params / 1e6:.2f} M",
+            f"{row.cost.macs / 1e6:.1f} M",
+            f"{row.latency_ms:.0f} ms ({row.latency_ms / dense.latency_ms:.2f}x)",
+            style="bold" if row is result.best else "",
+        )
+    return table
+
+
+def _row(
+    model: nn.Module, metric: str, allocation: str, cost: Cost, test: Task, timed: Any
+) -> DemoRow:
+    return DemoRow(
+        metric=metric,
+        allocation=allocation,
+        recall=test.measure(model),
+        cost=cost,
+        latency_ms=latency_ms(model, timed),
+    )
+
+
+def _draw(folder: Path, row: DemoRow, chosen: Plan) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / "kept.png"
+    title = f"scenes-clip cut in half by {row.metric}, {row.allocation}: recall {row.recall:.1f}"
+    draw_plan(chosen, picture, title)
+    return picture
