@@ -8,6 +8,7 @@ out of range. What it cannot see is declared in `families/`.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,11 +18,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlprune.anatomy import Site, under
+from vlprune.anatomy import Site
 from vlprune.calls import Call, quiet_eval, run, tensors_of
 from vlprune.errors import TraceError
 
 TRACE_LIMIT_S = 300.0
+GROUP_LIMIT_S = 20.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Producers:
+    """Where features come from.
+
+    Attributes:
+        linears: paths of the nearest linear layers upstream.
+        passed: paths of the other modules on the way (norms, convolutions).
+        open_ended: whether a way up ended in anything else, such as the model's input.
+    """
+
+    linears: tuple[str, ...]
+    passed: tuple[str, ...]
+    open_ended: bool
 
 
 class CoupledGraph:
@@ -57,7 +74,7 @@ class CoupledGraph:
         Raises:
             TraceError: if the graph's answer is not a row of equal blocks in range.
         """
-        with _time_limit(self._limit_s, f"reading the group of {consumer}"):
+        with _time_limit(min(self._limit_s, GROUP_LIMIT_S), f"reading the group of {consumer}"):
             first = self._group(consumer, list(range(block)))
             whole = self._group(consumer, list(range(units * block)))
         sites: list[Site] = []
@@ -68,10 +85,31 @@ class CoupledGraph:
                 )
         return tuple(sites)
 
-    def coupled_modules(self, consumer: str) -> list[tuple[str, str]]:
-        """Return (module path, "in" or "out") of all that is coupled with one input feature."""
-        with _time_limit(self._limit_s, f"reading the group of {consumer}"):
-            return list(self._group(consumer, [0]))
+    def producers(self, consumer: str) -> Producers:
+        """Return which modules the input features of `consumer` come from.
+
+        Walks up to the next linear layers, through operations and through other modules, and never
+        further, so that it ends where reading a whole group would not.
+        """
+        start = self._graph.module2node[self._model.get_submodule(consumer)]
+        linears, passed, open_ended = [], [], False
+        waiting, seen = list(start.inputs), {id(start)}
+        while waiting:
+            node = waiting.pop()
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            path = self._names.get(id(node.module))
+            if isinstance(node.module, nn.Linear) and path is not None:
+                linears.append(path)
+                continue
+            if path is not None:
+                passed.append(path)
+            # an operation without inputs transposes a weight; anything else is a source
+            is_source = path is not None or isinstance(node.module, nn.Parameter)
+            open_ended = open_ended or (is_source and not node.inputs)
+            waiting += node.inputs
+        return Producers(tuple(linears), tuple(passed), open_ended)
 
     def _group(self, consumer: str, features: list[int]) -> dict[tuple[str, str], list[int]]:
         import torch_pruning  # lazy: it imports timm, where timm is installed
@@ -110,11 +148,6 @@ class CoupledGraph:
             )
         for offset in offsets:
             yield Site(tensor=tensor, dim=dim, offset=offset, block=block)
-
-
-def is_inside(members: Sequence[tuple[str, str]], scope: str) -> bool:
-    """Say whether all coupled modules lie inside the module path `scope`."""
-    return all(under(path, scope) for path, _ in members)
 
 
 def _build(model: nn.Module, calls: Sequence[Call], limit_s: float) -> Any:

@@ -36,6 +36,7 @@ def example_inputs(model: Any, batch: int) -> Inputs:
     if kind == "BlipForQuestionAnswering":
         answers = _transformers.token_ids(config.text_config, batch, 5, generator)
         inputs |= {"decoder_input_ids": answers, "decoder_attention_mask": torch.ones_like(answers)}
+        inputs["labels"] = answers  # without labels the answer reaches no output
     return [inputs]
 
 

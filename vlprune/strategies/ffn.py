@@ -14,7 +14,6 @@ from torch import nn
 from vlprune.anatomy import Axis, Gate, Site, under
 from vlprune.dissect import ModelView
 from vlprune.errors import TraceError
-from vlprune.graph import is_inside
 from vlprune.layout import relative
 from vlprune.registry import STRATEGIES
 
@@ -25,28 +24,35 @@ def neurons(view: ModelView) -> Iterator[Axis]:
     for stack in view.stacks:
         for index in range(len(stack.blocks)):
             block = f"{stack.path}.{index}"
-            for consumer in _candidates(view, block):
+            candidates = list(_candidates(view, block))
+            if candidates and not any(view.graph.sees(path) for path in candidates):
+                view.refuse(block, "neurons stay: the example inputs' outputs do not depend on it")
+            for consumer in filter(view.graph.sees, candidates):
                 axis = _axis(view, block, consumer, index)
                 if axis is not None:
                     yield axis
 
 
 def _candidates(view: ModelView, block: str) -> Iterator[str]:
-    """Linear layers of the block that ran and belong to no attention."""
+    """Linear layers of the block that belong to no attention."""
     attentions = [path for path in view.attentions if under(path, block)]
     outs = [relative(path, view.attentions[path].out) for path in attentions]
     for path, module in view.model.get_submodule(block).named_modules(prefix=block):
         linear = isinstance(module, nn.Linear) and module.in_features > 0
         free = not any(under(path, attention) for attention in attentions) and path not in outs
-        if linear and free and view.graph.sees(path):
+        if linear and free:
             yield path
 
 
 def _axis(view: ModelView, block: str, consumer: str, depth: int) -> Axis | None:
-    members = view.graph.coupled_modules(consumer)
-    producers = [path for path, side in members if side == "out"]
-    if not producers or not is_inside(members, block) or not _are_linear(view, producers):
+    above = view.graph.producers(consumer)
+    inside = all(under(path, block) for path in (*above.linears, *above.passed))
+    if above.open_ended or not above.linears or not inside:
         return None  # fed by the residual stream, not by a hidden layer of its own
+    norms = [path for path in above.passed if _mixes_features(view.model.get_submodule(path))]
+    if norms:
+        view.refuse(consumer, f"neurons stay: {norms[0]} normalises over them")
+        return None
     linear = view.model.get_submodule(consumer)
     assert isinstance(linear, nn.Linear), consumer
     units = linear.in_features
@@ -55,7 +61,7 @@ def _axis(view: ModelView, block: str, consumer: str, depth: int) -> Axis | None
     except TraceError as error:
         view.refuse(consumer, str(error))
         return None
-    path = _common([*producers, consumer])
+    path = _common([*above.linears, consumer])
     return Axis(
         name=f"{path}:ffn",
         kind="ffn",
@@ -68,8 +74,9 @@ def _axis(view: ModelView, block: str, consumer: str, depth: int) -> Axis | None
     )
 
 
-def _are_linear(view: ModelView, paths: Sequence[str]) -> bool:
-    return all(isinstance(view.model.get_submodule(path), nn.Linear) for path in paths)
+def _mixes_features(module: nn.Module) -> bool:
+    """Say whether what a module answers for one feature depends on others: it has weights."""
+    return any(True for _ in module.parameters())
 
 
 def _by_first_name(view: ModelView, sites: Sequence[Site]) -> tuple[Site, ...]:

@@ -81,8 +81,9 @@ def _axis(view: ModelView, path: str, layout: AttentionLayout) -> Axis:
 def _disagreement(view: ModelView, axis: Axis) -> str:
     """Why the declared axis cannot be trusted: the graph sees its consumer and says otherwise."""
     consumer = axis.gate.modules[0]
-    if not view.graph.sees(consumer):
-        return ""  # never called as a module, or not run by the example inputs: the law will tell
+    owners = {site.tensor.rpartition(".")[0] for site in axis.sites}
+    if not all(view.graph.sees(owner) for owner in owners):
+        return ""  # its weights are no modules of their own, or did not run: the law will tell
     try:
         traced = view.graph.sites(consumer, axis.units, axis.gate.block)
     except TraceError:

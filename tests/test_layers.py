@@ -1,0 +1,110 @@
+"""Imports point to lower ranks only, plug-ins never import each other, `import vlprune` is cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vlprune
+
+PACKAGE = Path(vlprune.__file__).parent
+RANKS = {
+    "errors": 0,
+    "anatomy": 1,
+    "calls": 1,
+    "registry": 1,
+    "plan": 2,
+    "layout": 2,
+    "graph": 3,
+    "gates": 3,
+    "cost": 3,
+    "law": 4,
+    "dissect": 4,
+    "contracts": 5,
+    "pruner": 5,
+    "allocation": 6,
+    "families": 6,
+    "metrics": 6,
+    "strategies": 6,
+    "tasks": 6,
+    "store": 7,
+    "report": 7,
+    "pipeline": 8,
+    "demo": 9,
+    "cli": 10,
+    "__init__": 10,
+}
+PLUGINS = {"allocation", "families", "metrics", "strategies", "tasks"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of vlprune that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vlprune"):
+            inner = {f"{node.module}.{name.name}" for name in node.names}
+            found |= inner if node.module == "vlprune" else {node.module}
+            if node.module in {f"vlprune.{plugin}" for plugin in PLUGINS}:
+                found |= inner
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names if name.name.startswith("vlprune")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_to_lower_ranks(path: Path) -> None:
+    here = path.relative_to(PACKAGE).with_suffix("").parts
+    for module in imported(path):
+        there = module.split(".")[1:]
+        if not there:  # `import vlprune`: the verbs, only from above them
+            assert RANKS[here[0]] >= RANKS["__init__"], module
+            continue
+        if here[0] in PLUGINS and there[0] == here[0]:
+            shared = (
+                there[-1].startswith("_")
+                or len(there) == 1
+                or any(step.startswith("_") for step in there[1:])
+            )
+            own = here[1:2] == tuple(there[1:2])  # inside a plug-in that is a folder
+            assert shared or own or len(here) == 1, f"plug-in {here} imports plug-in {module}"
+        else:
+            assert RANKS[there[0]] < RANKS[here[0]], f"{'.'.join(here)} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_file_says_what_it_is(path: Path) -> None:
+    doc = ast.get_docstring(ast.parse(path.read_text()))
+    assert doc
+    assert doc.partition("\n")[0].endswith((".", ":"))
+
+
+def test_import_loads_no_model_library() -> None:
+    heavy = (
+        "timm",
+        "open_clip",
+        "transformers",
+        "torch_pruning",
+        "matplotlib",
+        "pydantic",
+        "triton",
+    )
+    code = f"import torch, vlprune, sys; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_import_costs_little_over_torch() -> None:
+    code = (
+        "import time, torch; start = time.process_time(); import vlprune; "
+        "print(time.process_time() - start)"
+    )
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(times) < 0.3
