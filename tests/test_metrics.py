@@ -126,7 +126,7 @@ def test_magnitude_is_the_norm_of_what_a_cut_removes(
     deit: tuple[nn.Module, vlprune.Anatomy],
 ) -> None:
     model, anatomy = deit
-    whole = sum(float(p.double().square().sum()) for p in model.parameters())
+    whole = sum(float(p.detach().double().square().sum()) for p in model.parameters())
     scores = vlprune.score(
         model, "magnitude", anatomy=anatomy, strategies=("head", "ffn", "layer", "sublayer")
     )
@@ -138,7 +138,7 @@ def test_magnitude_is_the_norm_of_what_a_cut_removes(
         ("blocks:sublayer.ffn", 2),
     ):
         small = without(model, anatomy, axis, unit)
-        rest = sum(float(p.double().square().sum()) for p in small.parameters())
+        rest = sum(float(p.detach().double().square().sum()) for p in small.parameters())
         assert scores.values[axis][unit] == pytest.approx((whole - rest) ** 0.5, rel=1e-6)
 
 
@@ -149,7 +149,7 @@ def test_magnitude_l1_by_hand(deit: tuple[nn.Module, vlprune.Anatomy]) -> None:
     by_hand = (
         mlp.fc1.weight[5].abs().sum() + mlp.fc1.bias[5].abs() + mlp.fc2.weight[:, 5].abs().sum()
     )
-    assert scores.values["blocks.2.mlp:ffn"][5] == pytest.approx(float(by_hand), rel=1e-6)
+    assert scores.values["blocks.2.mlp:ffn"][5] == pytest.approx(float(by_hand.detach()), rel=1e-6)
     with pytest.raises(ValueError, match="p must be 1 or 2; got 3"):
         vlprune.score(model, "magnitude", anatomy=anatomy, p=3)
 
@@ -169,11 +169,12 @@ def test_activation_of_a_neuron_is_the_norm_of_what_it_adds(
         model(IMAGES)
     for handle in handles:
         handle.remove()
-    added = seen["mlp"][..., 7, None] * mlp.fc2.weight[:, 7]  # [B, T, D]
+    added = seen["mlp"][..., 7, None] * mlp.fc2.weight[:, 7].detach()  # [B, T, D]
     assert scores.values["blocks.0.mlp:ffn"][7] == pytest.approx(float(added.norm()), rel=1e-4)
     features = range(16, 32)  # of head 1
     head = sum(
-        float((seen["attn"][..., j, None] * attn.proj.weight[:, j]).norm()) for j in features
+        float((seen["attn"][..., j, None] * attn.proj.weight[:, j].detach()).norm())
+        for j in features
     )
     assert scores.values["blocks.0.attn:head"][1] == pytest.approx(head, rel=1e-4)
 
