@@ -1,4 +1,4 @@
-"""Every path keeps device and dtype: under fake CUDA, on meta, in bf16, and on a GPU where one is."""
+"""Every path keeps device and dtype: fake CUDA, meta, bf16, autocast, and a GPU where one is."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""Imports point to lower ranks only, plug-ins never import each other, `import vlprune` is cheap."""
+"""Imports point to lower ranks only, plug-ins never import each other, importing is cheap."""
 
 import ast
 import subprocess
