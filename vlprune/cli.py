@@ -101,9 +101,9 @@ def score(
     """Score every unit of a model by a metric."""
     from vlprune.store import write_json
 
-    scores = _score(
-        _model(model, pretrained, device), metric, task, examples, strategies, settings, seed
-    )
+    dense = _model(model, pretrained, device)
+    task = task or _default_task(model)
+    scores = _score(dense, metric, task, examples, strategies, settings, seed)
     write_json(scores, to)
     out.print(f"{sum(a.units for a in scores.anatomy.axes):,} units scored: {to}")
 
@@ -160,6 +160,7 @@ def prune(
     if plan_file:
         chosen = read_plan(plan_file)
     else:
+        task = task or _default_task(model)
         scores = _score(dense, metric, task, examples, strategies, settings, seed)
         wanted = _pairs(budget, "budget", float)
         chosen = vlprune.plan(scores, wanted, allocation, min_units=min_units)
@@ -213,9 +214,9 @@ def list_() -> None:
         registry.TASKS,
     ):
         for name, entry in names.items():
-            module = importlib.import_module(getattr(entry, "__module__", names.group))
-            doc = (module.__doc__ or "").strip().partition("\n")[0]
-            table.add_row(names.noun, name, doc if names is not registry.FAMILIES else "")
+            path = f"{names.group}.{name}" if names is registry.FAMILIES else entry.__module__
+            doc = (importlib.import_module(path).__doc__ or "").strip().partition("\n")[0]
+            table.add_row(names.noun, name, doc)
     out.print(table)
 
 
@@ -260,7 +261,7 @@ def _fail(error: Exception, code: int) -> None:
     if os.environ.get("VLPRUNE_DEBUG"):
         raise error
     text = str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
-    err.print(f"[bold red]error:[/] {_escape(text)}", highlight=False)
+    err.print(f"[bold red]error:[/] {_escape(text)}", highlight=False, soft_wrap=True)
     sys.exit(code)
 
 
@@ -294,6 +295,11 @@ def _score(
 
     torch.manual_seed(seed)
     options = _pairs(settings, "set", _literal)
+    if not task and registry.METRICS[metric].needs != "nothing":
+        raise ValueError(
+            f"metric {metric!r} must be given a task; got none. Add --task scenes for a model that "
+            "reads scenes, or --task module:function for your own data."
+        )
     if metric == "random":
         options.setdefault("seed", seed)
     with _progress() as stage:
@@ -305,6 +311,10 @@ def _score(
             progress=stage(metric),
             **options,
         )
+
+
+def _default_task(model: str) -> str:
+    return "scenes" if model == "scenes-clip" else ""
 
 
 def _task(name: str, model: Any, examples: int, seed: int) -> Any:
@@ -368,8 +378,14 @@ def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
     with Progress(*columns, console=err) as bars:
 
         def stage(title: str) -> Callable[[int, int], None]:
-            bar = bars.add_task(title, total=None)
-            return lambda done, total: bars.update(bar, completed=done, total=total)
+            shown: list[Any] = []  # a bar appears with the first step, not before a failure
+
+            def step(done: int, total: int) -> None:
+                if not shown:
+                    shown.append(bars.add_task(title))
+                bars.update(shown[0], completed=done, total=total)
+
+            return step
 
         yield stage
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,11 @@ def create_model(spec: str, *, pretrained: str | bool | None = None, **arguments
                 "saved folder; it is none of these."
             )
         options = {} if pretrained is None else {"pretrained": pretrained}
-        model = found[0](name, **options, **arguments)
+        try:
+            model = found[0](name, **options, **arguments)
+        except RuntimeError as error:  # how timm and open_clip say that a name is unknown
+            said = textwrap.shorten(str(error), 300, placeholder=" ...")
+            raise UnknownNameError(f"{library} could not create {name!r}: {said}") from error
     source = source_of(model)
     if source is not None:
         made = {"spec": spec, "pretrained": pretrained, "arguments": arguments}
