@@ -115,7 +115,7 @@ def test_masked_equals_cut_in_bf16_to_its_precision(name: str) -> None:
 
 
 def test_metrics_run_under_autocast() -> None:
-    model, anatomy = dissected("deit")
+    model, anatomy = zoo.make("deit"), dissected("deit")[1]
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
     def autocast_loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,7 @@ def _double(name: str, model: nn.Module) -> list:
 
 @pytest.mark.parametrize("kind", ["head", "ffn", "layer", "sublayer"])
 def test_sample_gradients_are_those_of_single_examples(kind: str) -> None:
-    model, anatomy = dissected("deit")
+    model, anatomy = zoo.make("deit"), dissected("deit")[1]
     axes = anatomy.select((kind,)).axes
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with vlprune.Gates(model, axes, per_sample=True) as gates:

@@ -80,9 +80,9 @@ def inspect(
     out.print(anatomy_table(anatomy))
     if axes:
         for axis in anatomy.axes:
-            out.print(f"{axis.name}  {axis.tower}  {axis.units} units", highlight=False)
+            say(f"{axis.name}  {axis.tower}  {axis.units} units")
     for refusal in anatomy.refusals:
-        out.print(f"left whole: {refusal.module}: {refusal.reason}", markup=False)
+        say(f"left whole: {refusal.module}: {refusal.reason}")
 
 
 @app.command()
@@ -105,7 +105,7 @@ def score(
     task = task or _default_task(model)
     scores = _score(dense, metric, task, examples, strategies, settings, seed)
     write_json(scores, to)
-    out.print(f"{sum(a.units for a in scores.anatomy.axes):,} units scored: {to}")
+    say(f"{sum(a.units for a in scores.anatomy.axes):,} units scored: {to}")
 
 
 @app.command()
@@ -154,8 +154,9 @@ def prune(
     import vlprune
     from vlprune.cost import count_params
     from vlprune.pruner import record_of
-    from vlprune.store import read_plan
+    from vlprune.store import check_target, read_plan
 
+    check_target(to)
     dense = _model(model, pretrained, device)
     if plan_file:
         chosen = read_plan(plan_file)
@@ -169,7 +170,7 @@ def prune(
     vlprune.save_pretrained(small, to)
     error = record_of(small).relative_error
     out.print(f"achieved {count_params(small):,} params of {count_params(dense):,}")
-    out.print(f"proven   masked = cut to {error:.1e}; saved and reloaded bit-equal: {to}")
+    say(f"proven   masked = cut to {error:.1e}; saved and reloaded bit-equal: {to}")
 
 
 @app.command()
@@ -225,7 +226,7 @@ def demo(
     to: Annotated[Path, typer.Option("--out", help="Folder for model and picture.")] = Path(
         "vlprune-demo"
     ),
-    examples: Examples = 384,
+    examples: Examples = 256,
     seed: Seed = 0,
 ) -> None:
     """Cut a trained CLIP in half by three criteria, on real images, and prove the result."""
@@ -241,10 +242,15 @@ def demo(
     with _progress() as stage:
         result = run_demo(to, test, calibration, stage)
     out.print(demo_table(result))
-    out.print(
+    say(
         f"proven   masked = cut to {result.relative_error:.1e}; reloaded recall mean "
         f"{result.reloaded_recall:.1f}\nmodel    {result.folder}\npicture  {result.picture}"
     )
+
+
+def say(text: str) -> None:
+    """Print plain text, as long as it is: names and paths may hold anything."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -260,8 +266,7 @@ def main() -> None:
 def _fail(error: Exception, code: int) -> None:
     if os.environ.get("VLPRUNE_DEBUG"):
         raise error
-    text = str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
-    err.print(f"[bold red]error:[/] {_escape(text)}", highlight=False, soft_wrap=True)
+    err.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
     sys.exit(code)
 
 
@@ -277,7 +282,14 @@ def _model(spec: str, pretrained: str, device: str) -> Any:
     weights: str | bool | None = pretrained or None
     if pretrained in ("yes", "no"):
         weights = pretrained == "yes"
-    return vlprune.create_model(spec, pretrained=weights).to(device)
+    model = vlprune.create_model(spec, pretrained=weights)
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device must be one of this machine's; got {device!r}: {reason}"
+        ) from error
 
 
 def _score(
@@ -355,13 +367,17 @@ def _literal(text: str) -> Any:
 
 
 def _show_plan(chosen: Any) -> None:
+    from vlprune.plan import show_limit
     from vlprune.report import plan_table
 
     out.print(plan_table(chosen))
-    asked = ", ".join(f"{key} {value:g}" for key, value in chosen.asked.items())
-    dense, planned = dataclasses.asdict(chosen.dense), dataclasses.asdict(chosen.planned)
-    shares = ", ".join(f"{k} {planned[k]:,} ({planned[k] / dense[k]:.1%})" for k in dense)
-    out.print(f"asked    {asked}\nplanned  {shares}")
+    if chosen.asked:
+        asked = ", ".join(f"{key} {show_limit(value)}" for key, value in chosen.asked.items())
+        out.print(f"asked    {asked}")
+    if chosen.dense and chosen.planned:
+        dense, planned = dataclasses.asdict(chosen.dense), dataclasses.asdict(chosen.planned)
+        shares = ", ".join(f"{k} {planned[k]:,} ({planned[k] / dense[k]:.1%})" for k in dense)
+        out.print(f"planned  {shares}")
 
 
 @contextlib.contextmanager

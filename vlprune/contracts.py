@@ -78,5 +78,5 @@ class Task(Protocol):
     def measure(self, model: nn.Module) -> float:
         """Return how well `model` does on all batches; higher is better."""
 
-    def example_inputs(self) -> Inputs:
-        """Return the inputs of one example."""
+    def example_inputs(self, model: nn.Module) -> Inputs | None:
+        """Return the inputs of one example as `model` takes them, None where unknown."""

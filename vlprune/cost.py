@@ -7,8 +7,11 @@ model was dissected with. No model is needed to price a plan.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -86,9 +89,9 @@ def absolute_budget(anatomy: Anatomy, budget: Mapping[str, float]) -> dict[str, 
 
     Args:
         anatomy: the axes that may be cut.
-        budget: what the result may cost. A float in (0, 1] is the share of the dense model to
-            keep, an integer above 1 an absolute. "prunable_params" is the share of those
-            parameters that the axes of `anatomy` can remove at all.
+        budget: what the result may cost. A number in (0, 1] is the share of the dense model to
+            keep, one above 1 an absolute. "prunable_params" counts only those parameters that the
+            axes of `anatomy` can remove at all.
 
     Raises:
         BudgetError: for an unknown key, a value out of range, or one that no plan can reach; the
@@ -97,22 +100,22 @@ def absolute_budget(anatomy: Anatomy, budget: Mapping[str, float]) -> dict[str, 
     if not budget:
         raise BudgetError(f"budget must name one of {', '.join(BUDGET_KEYS)}; got none.")
     dense, least = dense_cost(anatomy), least_cost(anatomy)
-    return dict(_absolute(key, value, dense, least) for key, value in budget.items())
+    limits: dict[str, int] = {}
+    for key, value in budget.items():
+        kind, target = _absolute(key, value, dense, least)
+        limits[kind] = min(target, limits.get(kind, target))
+    return limits
 
 
 def _absolute(key: str, value: float, dense: Cost, least: Cost) -> tuple[str, int]:
     if key not in BUDGET_KEYS:
         raise BudgetError(f"budget must name one of {', '.join(BUDGET_KEYS)}; got {key!r}.")
-    if not value > 0:
+    if not 0 < value < float("inf"):
         raise BudgetError(f"budget {key!r} must be a share in (0, 1] or a count; got {value!r}.")
     kind = "macs" if key == "macs" else "params"
     most, fewest = getattr(dense, kind), getattr(least, kind)
-    if key == "prunable_params" and value <= 1:
-        target = fewest + int(value * (most - fewest))
-    elif value <= 1:
-        target = int(value * most)
-    else:
-        target = int(value)
+    base = fewest if key == "prunable_params" else 0
+    target = base + int(value * (most - base) if value <= 1 else value)
     if not fewest <= target <= most:
         raise BudgetError(
             f"budget {key}={value:g} asks for {target:,} {kind}; these axes can reach "
@@ -163,19 +166,29 @@ class countable_kernels:
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
 
 
-def latency_ms(model: nn.Module, example_inputs: Inputs, min_run_time_s: float = 1.0) -> float:
-    """Return the median milliseconds that `model` takes for `example_inputs`, measured here.
+def latencies_ms(
+    models: Sequence[nn.Module], example_inputs: Inputs, rounds: int = 7
+) -> list[float]:
+    """Return the median milliseconds that each model takes for `example_inputs`, measured here.
 
-    Uses torch's benchmark timer with the number of threads that torch is set to. On a shared
-    machine only ratios from one run mean much.
+    The models take turns, so that what else the machine does falls on all alike; only ratios
+    within one call mean much. Uses torch's benchmark timer with the threads torch is set to.
     """
+    # its import looks for a CUDA toolkit and warns where there is none
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer  # lazy: spares `import vlprune` its start-up time
 
     calls = calls_of(example_inputs)
-    timer = Timer(
-        "for call in calls: run(model, call)",
-        globals={"calls": calls, "run": run, "model": model},
-        num_threads=torch.get_num_threads(),
-    )
-    with torch.inference_mode(), quiet_eval(model):
-        return float(timer.blocked_autorange(min_run_time=min_run_time_s).median) * 1e3
+    timers = [
+        Timer(
+            "for call in calls: run(model, call)",
+            globals={"calls": calls, "run": run, "model": model},
+            num_threads=torch.get_num_threads(),
+        )
+        for model in models
+    ]
+    with torch.inference_mode(), contextlib.ExitStack() as modes:
+        for model in models:
+            modes.enter_context(quiet_eval(model))
+        turns = [[timer.timeit(1).median for timer in timers] for _ in range(rounds)]
+    return [1e3 * statistics.median(times) for times in zip(*turns, strict=True)]

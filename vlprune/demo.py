@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from vlprune.contracts import Task
-from vlprune.cost import dense_cost, latency_ms
+from vlprune.cost import count_macs, count_params, latencies_ms
 from vlprune.dissect import dissect
 from vlprune.pipeline import create_model, plan, prune, score, verify
 from vlprune.plan import Cost, Plan
@@ -63,11 +63,10 @@ def run_demo(folder: Path, test: Task, calibration: Task, stage: Stage) -> DemoR
         stage: called with a title, returns a progress callback (done, total).
     """
     model = create_model("scenes-clip")
-    inputs = test.example_inputs()
+    inputs = test.example_inputs(model)
     anatomy = dissect(model, inputs)
     timed = next(iter(calibration.batches()))
-    dense = _row(model, "dense", "", dense_cost(anatomy), test, timed)
-    cuts = []
+    cuts: list[tuple[str, str, nn.Module]] = []
     for metric in METRICS_SHOWN:
         settings: dict[str, Any] = {"rewire": "taylor"} if metric == "mope" else {}
         scores = score(
@@ -75,15 +74,26 @@ def run_demo(folder: Path, test: Task, calibration: Task, stage: Stage) -> DemoR
         )
         for allocation in ALLOCATIONS_SHOWN:
             chosen = plan(scores, {"prunable_params": KEEP}, allocation)
-            small = prune(model, chosen, inputs)
-            assert chosen.planned is not None
-            cuts.append((_row(small, metric, allocation, chosen.planned, test, timed), small))
-    best, small = max(cuts, key=lambda cut: cut[0].recall)
+            cuts.append((metric, allocation, prune(model, chosen, inputs)))
+    shown = [("dense", "", model), *cuts]
+    latencies = latencies_ms([shown_model for *_, shown_model in shown], timed)
+    rows = tuple(
+        DemoRow(
+            metric=metric,
+            allocation=allocation,
+            recall=test.measure(shown_model),
+            cost=Cost(params=count_params(shown_model), macs=count_macs(shown_model, inputs)),
+            latency_ms=latency,
+        )
+        for (metric, allocation, shown_model), latency in zip(shown, latencies, strict=True)
+    )
+    best = max(rows[1:], key=lambda row: row.recall)
+    small = cuts[rows.index(best) - 1][2]
     picture = _draw(folder, best, record_of(small).plans[-1])
     saved = save_pretrained(small, folder / "scenes-clip-half")
     reloaded = from_pretrained(saved)
     return DemoResult(
-        rows=(dense, *(row for row, _ in cuts)),
+        rows=rows,
         best=best,
         folder=saved,
         picture=picture,
@@ -110,18 +120,6 @@ def demo_table(result: DemoResult) -> Table:
             style="bold" if row is result.best else "",
         )
     return table
-
-
-def _row(
-    model: nn.Module, metric: str, allocation: str, cost: Cost, test: Task, timed: Any
-) -> DemoRow:
-    return DemoRow(
-        metric=metric,
-        allocation=allocation,
-        recall=test.measure(model),
-        cost=cost,
-        latency_ms=latency_ms(model, timed),
-    )
 
 
 def _draw(folder: Path, row: DemoRow, chosen: Plan) -> Path:

@@ -4,8 +4,11 @@ Each derives from the built-in that callers would catch anyway: `except ValueErr
 """
 
 
-class UnknownNameError(LookupError):
+class UnknownNameError(KeyError):
     """A name that no registry, anatomy or model holds; the message lists the nearest."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would quote it
 
 
 class UnsupportedModelError(TypeError):

@@ -56,8 +56,9 @@ class Gates:
         self._handles: list[RemovableHandle] = []
         self._classes: list[tuple[nn.Module, type]] = []
         for axis in self.axes:
-            device = next(model.get_submodule(axis.gate.modules[0]).parameters()).device
-            self.values[axis.name] = torch.ones(axis.units, device=device)
+            module = model.get_submodule(axis.gate.modules[0])
+            holders = (*module.parameters(), *model.parameters())  # a bypassed block holds none
+            self.values[axis.name] = torch.ones(axis.units, device=holders[0].device)
 
     def __enter__(self) -> Gates:
         for axis in self.axes:

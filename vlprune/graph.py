@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from vlprune.anatomy import Site
 from vlprune.calls import Call, quiet_eval, run, tensors_of
@@ -178,13 +179,19 @@ def _build(model: nn.Module, calls: Sequence[Call], limit_s: float) -> Any:
 def _traceable(model: nn.Module) -> Iterator[None]:
     """Let every parameter require a gradient, in eval mode, and put all back after."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    empty: list[tuple[Any, type]] = [(m, type(m)) for m in linears if not m.weight.numel()]
     with quiet_eval(model), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "unwrapped parameters": we cut by our own sites
         for parameter in frozen:
             parameter.requires_grad_(True)
+        for module, _ in empty:  # torch-pruning divides by their width
+            module.__class__ = _Untraced
         try:
             yield
         finally:
+            for module, cls in empty:
+                module.__class__ = cls
             for parameter in frozen:
                 parameter.requires_grad_(False)
 
@@ -214,6 +221,18 @@ def _time_limit(seconds: float, what: str) -> Iterator[None]:
     finally:
         done.set()
         timer.cancel()
+
+
+class _Untraced(nn.Module):
+    """A linear layer without features, while a model is traced: an output without a history."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """See `nn.Linear`."""
+        return functional.linear(x, self.weight, self.bias)
 
 
 class _OutOfTime(BaseException):

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlprune.anatomy import Anatomy
+from vlprune.anatomy import Anatomy, fingerprint_of
 from vlprune.calls import Inputs, clone, map_tensors, quiet_eval
 from vlprune.contracts import Task
 from vlprune.cost import absolute_budget, dense_cost, price
-from vlprune.dissect import default_inputs, dissect
-from vlprune.errors import UnknownNameError
+from vlprune.dissect import default_inputs, dissect, tensor_shapes
+from vlprune.errors import UnknownNameError, UnsupportedModelError
 from vlprune.gates import Gates
 from vlprune.law import check_masked_equals_cut
 from vlprune.plan import Plan, Scores, make_plan
@@ -33,7 +33,7 @@ from vlprune.pruner import (
     record_of,
     source_of,
 )
-from vlprune.registry import ALLOCATIONS, FAMILIES, METRICS
+from vlprune.registry import ALLOCATIONS, FAMILIES, METRICS, STRATEGIES
 from vlprune.store import from_pretrained
 
 Progress = Callable[[int, int], None]
@@ -129,6 +129,7 @@ def score(
                 strategies=strategies,
                 max_batches=max_batches,
             )
+    _check_strategies(anatomy, strategies)
     with quiet_eval(model), _frozen(model):
         if kind.needs == "measure":
             assert task is not None
@@ -143,6 +144,16 @@ def score(
                 assert task is not None
                 _run_batches(meter, model, task, kind.needs, max_batches, progress)
             return _scores(meter)
+
+
+def _check_strategies(anatomy: Anatomy, strategies: tuple[str, ...]) -> None:
+    for name in strategies:
+        STRATEGIES[name]  # raises for an unknown one, with the known
+    if not anatomy.select(strategies).axes:
+        raise UnsupportedModelError(
+            f"strategies must find something in {anatomy.model}; {', '.join(strategies) or 'none'} "
+            f"found nothing, it has {', '.join(anatomy.kinds)}."
+        )
 
 
 def _scores(meter: Any) -> Scores:
@@ -171,7 +182,7 @@ def _run_batches(
 
 
 def _task_inputs(model: nn.Module, task: Task | None) -> Inputs | None:
-    inputs = task.example_inputs() if task is not None else None
+    inputs = task.example_inputs(model) if task is not None else None
     if inputs is None:
         return None
     device = next(model.parameters()).device
@@ -271,7 +282,8 @@ def verify(dense: nn.Module, small: nn.Module, example_inputs: Inputs | None = N
     """Return the relative error between `dense` masked by the plans of `small`, and `small`.
 
     Args:
-        dense: the model that `small` was cut from, with the weights it had then.
+        dense: the model that `small` was cut from, with the weights it had then; where it was cut
+            more than once, the first one or any in between.
         small: as `prune` or `from_pretrained` returned it, not trained since.
         example_inputs: default: made by the family of the model's class.
 
@@ -283,8 +295,10 @@ def verify(dense: nn.Module, small: nn.Module, example_inputs: Inputs | None = N
     if not plans:
         raise ValueError("small must carry a plan; this model was never cut by vlprune.prune.")
     inputs = default_inputs(dense, batch=2) if example_inputs is None else example_inputs
+    fingerprint = fingerprint_of(type(dense).__name__, tensor_shapes(dense))
+    since = [i for i, plan in enumerate(plans) if plan.fingerprint == fingerprint]
     before_last = clone(dense)
-    for earlier in plans[:-1]:
+    for earlier in plans[since[0] if since else 0 : -1]:
         check_fits(earlier, before_last)
         cut_(before_last, earlier)
     check_fits(plans[-1], before_last)

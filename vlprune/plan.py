@@ -7,12 +7,14 @@ them: `gates.py` (masked) and `pruner.py` (cut), which must agree.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import json
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +50,7 @@ class Scores:
         faults = [_score_fault(axis, self.values.get(axis.name)) for axis in self.anatomy.axes]
         faults += [
             f"axis {name!r} has scores but is not in the anatomy"
-            for name in set(self.values) - {axis.name for axis in self.anatomy.axes}
+            for name in sorted(set(self.values) - {axis.name for axis in self.anatomy.axes})
         ]
         found = [fault for fault in faults if fault]
         if found:
@@ -84,6 +86,13 @@ class PlanRow:
 
     axis: Axis
     keep: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        fault = _keep_fault(self.axis, self.axis.name, self.keep)
+        if not fault and list(self.keep) != sorted(self.keep):
+            fault = f"axis {self.axis.name!r}: kept units must rise, got {self.keep[:8]}"
+        if fault:
+            raise PlanError(f"{fault}. A plan fits one anatomy; make it with vlprune.plan.")
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -132,7 +141,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"plan {self.digest} ({_signature(self.made_by)})"]
         if self.asked:
-            asked = ", ".join(f"{key} {value:g}" for key, value in self.asked.items())
+            asked = ", ".join(f"{key} {show_limit(value)}" for key, value in self.asked.items())
             lines.append(f"  asked    keep {asked}")
         if self.dense and self.planned:
             lines.append(
@@ -140,6 +149,11 @@ class Plan:
                 f"macs {_share(self.planned.macs, self.dense.macs)}"
             )
         return "\n".join(lines + _density_lines(self.rows))
+
+
+def show_limit(value: float) -> str:
+    """A budget's share as it is, its count with commas."""
+    return f"{value:g}" if value <= 1 else f"{value:,.0f}"
 
 
 def _signature(made_by: Mapping[str, Any]) -> str:
@@ -183,12 +197,13 @@ def make_plan(
         PlanError: naming every axis that is unknown or whose units are out of range or repeated.
     """
     axes = {axis.name: axis for axis in anatomy.axes}
+    keep = {name: tuple(map(_whole, units)) for name, units in keep.items()}
     faults = [_keep_fault(axes.get(name), name, units) for name, units in keep.items()]
     found = [fault for fault in faults if fault]
     if found:
         raise PlanError("; ".join(found) + ". A plan fits one anatomy; make it with vlprune.plan.")
     rows = tuple(
-        PlanRow(axis=axis, keep=tuple(sorted(int(unit) for unit in keep[axis.name])))
+        PlanRow(axis=axis, keep=tuple(sorted(keep[axis.name])))
         for axis in anatomy.axes
         if axis.name in keep
     )
@@ -200,6 +215,15 @@ def make_plan(
         planned=planned,
         made_by={**(made_by or {}), "versions": versions()},
     )
+
+
+def _whole(unit: Any) -> int:
+    """The unit as a plain int; numpy's and torch's integers are fine, fractions are not."""
+    is_mask = "bool" in str(getattr(unit, "dtype", type(unit).__name__))  # torch indexes by it
+    with contextlib.suppress(TypeError):
+        if not is_mask:
+            return operator.index(unit)
+    raise PlanError(f"units must be whole numbers; got {unit!r}.")
 
 
 def _keep_fault(axis: Axis | None, name: str, units: tuple[int, ...]) -> str:

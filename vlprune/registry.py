@@ -41,12 +41,13 @@ class Registry(Mapping[str, Any]):
         """
 
         def file_under(entry: T) -> T:
-            known = self._entries.setdefault(name, entry)
-            if known is not entry:
+            known = self._entries.get(name, entry)
+            if known is not entry and _origin(known) != _origin(entry):
                 raise ValueError(
                     f"{self.noun} {name!r} must be registered once; got {entry!r} beside "
                     f"{known!r}. Give one of them another name."
                 )
+            self._entries[name] = entry  # a module that is imported again replaces its own
             return entry
 
         return file_under
@@ -98,6 +99,12 @@ class Registry(Mapping[str, Any]):
         except BaseException:
             self._loaded = False
             raise
+
+
+def _origin(entry: Any) -> object:
+    """Where an entry is defined; itself where that cannot be told (a row of data)."""
+    module, name = getattr(entry, "__module__", None), getattr(entry, "__qualname__", None)
+    return (module, name) if name else id(entry)
 
 
 METRICS = Registry("vlprune.metrics", "metric")

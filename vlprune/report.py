@@ -97,13 +97,19 @@ def _draw_heads(panel: Axes, tower: str, rows: Sequence[PlanRow]) -> None:
         for unit in range(row.axis.units):
             color = _KEPT if unit in row.keep else _GONE
             panel.add_patch(_square(unit, place, color))
-    most = max((row.axis.units for row in rows), default=1)
+    if not rows:
+        panel.set_axis_off()
+        return
+    most = max(row.axis.units for row in rows)
     panel.set(xlim=(0, most), xticks=[unit + 0.5 for unit in range(most)])
     panel.set_xticklabels([str(unit) for unit in range(most)])
     _finish(panel, rows, f"{tower}: heads kept", "head")
 
 
 def _draw_neurons(panel: Axes, tower: str, rows: Sequence[PlanRow]) -> None:
+    if not rows:
+        panel.set_axis_off()
+        return
     for place, row in enumerate(rows):
         share = len(row.keep) / row.axis.units
         panel.barh(place + 0.5, 1, height=0.8, color=_GONE)
@@ -123,6 +129,10 @@ def _draw_neurons(panel: Axes, tower: str, rows: Sequence[PlanRow]) -> None:
     _finish(panel, rows, f"{tower}: FFN neurons kept", "share of neurons")
 
 
+def _layer_label(axis: Axis) -> str:
+    return f"layer {axis.depth}" + (" cross" if "cross" in axis.name else "")
+
+
 def _square(x: float, y: float, color: str) -> Any:
     from matplotlib.patches import Rectangle  # lazy: only for pictures
 
@@ -134,7 +144,7 @@ def _finish(panel: Axes, rows: Sequence[PlanRow], title: str, label: str) -> Non
     panel.set_xlabel(label, fontsize=8, color=_INK)
     panel.set_ylim(len(rows), 0)  # the first layer on top
     panel.set_yticks([place + 0.5 for place in range(len(rows))])
-    panel.set_yticklabels([f"layer {row.axis.depth}" for row in rows])
+    panel.set_yticklabels([_layer_label(row.axis) for row in rows])
     panel.tick_params(length=0, labelsize=8, colors=_INK)
     for side in ("top", "right", "bottom", "left"):
         panel.spines[side].set_visible(False)

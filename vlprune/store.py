@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from vlprune.calls import calls_of, quiet_eval, run, tensors_of
+from vlprune.calls import calls_of, cast, quiet_eval, run, tensors_of
 from vlprune.dissect import default_inputs
 from vlprune.errors import CheckpointError, PlanError, UnsupportedModelError
 from vlprune.plan import Plan, Scores, versions
@@ -61,7 +61,7 @@ def save_pretrained(
             'tell. Make the model with vlprune.create_model, or give source={"family": ..., '
             '"arguments": ...}.'
         )
-    _check_target(folder)
+    check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         staged = Path(scratch) / "checkpoint"
@@ -191,7 +191,9 @@ def _unique_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state, ties
 
 
-def _check_target(folder: Path) -> None:
+def check_target(folder: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError unless a checkpoint may be written to `folder`."""
+    folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} must be a folder; it is a file.")
     if folder.is_dir() and any(folder.iterdir()):
@@ -212,7 +214,12 @@ def _put_in_place(staged: Path, folder: Path, scratch: Path) -> None:
                 copy = shutil.copytree if other.is_dir() else shutil.copy2
                 copy(other, staged / other.name)
         os.rename(folder, scratch / "replaced")
-    os.rename(staged, folder)
+    try:
+        os.rename(staged, folder)
+    except OSError:
+        if (scratch / "replaced").is_dir():
+            os.rename(scratch / "replaced", folder)
+        raise
 
 
 def _check_reload(model: nn.Module, reloaded: nn.Module) -> None:
@@ -227,8 +234,9 @@ def _check_reload(model: nn.Module, reloaded: nn.Module) -> None:
         return
     if any(p.device.type != "cpu" for p in model.parameters()):
         return  # weights are equal; another device computes in another order
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     with torch.no_grad(), quiet_eval(model), quiet_eval(reloaded):
-        for call in calls_of(inputs):
+        for call in (cast(call, dtype) for call in calls_of(inputs)):
             pairs = zip(tensors_of(run(model, call)), tensors_of(run(reloaded, call)), strict=True)
             if not all(torch.equal(a, b) for a, b in pairs):
                 raise CheckpointError(
@@ -256,17 +264,20 @@ def _read_config(folder: Path, check_files: bool = True) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
         config = content["vlprune"]
-        complete = config["format"] == FORMAT and config["checksum"] == _checksum(config)
-    except FileNotFoundError:
+        version, complete = config["format"], config["checksum"] == _checksum(config)
+    except OSError:
         raise CheckpointError(f"{path} must be there; it is not.") from None
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(
             f"{path} must be a vlprune checkpoint's; it is something else, or truncated."
         ) from None
-    if not complete:
+    if version != FORMAT:
         raise CheckpointError(
-            f"{path} must be of format {FORMAT} and unedited; its checksum does not agree."
+            f"{path} must be of format {FORMAT}; got format {version}. Use another version of "
+            "vlprune."
         )
+    if not complete:
+        raise CheckpointError(f"{path} must be as it was saved; its checksum does not agree.")
     for name, digest in config["sha256"].items() if check_files else ():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} must be there; it is not.")

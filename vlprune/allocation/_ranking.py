@@ -41,10 +41,11 @@ def keep_within(
     few, many = 0, len(order)
     everything = price(anatomy, _keep(anatomy, order))
     if not fits(everything, limits):
+        dense = price(anatomy, {})
         raise BudgetError(
             f"budget {dict(budget)} must be reachable; with the units that have to stay the least "
-            f"is {everything.params:,} params and {everything.macs:,} macs. "
-            "Lower min_units or ask for more."
+            f"is {everything.params:,} params and {everything.macs:,} macs, the most "
+            f"{dense.params:,} and {dense.macs:,}. Lower min_units or ask for more."
         )
     while few < many:  # cost never rises with the length of the prefix
         middle = (few + many) // 2

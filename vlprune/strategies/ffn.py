@@ -25,7 +25,9 @@ def neurons(view: ModelView) -> Iterator[Axis]:
         for index in range(len(stack.blocks)):
             block = f"{stack.path}.{index}"
             candidates = list(_candidates(view, block))
-            if candidates and not any(view.graph.sees(path) for path in candidates):
+            if not candidates:
+                continue  # asking for the graph would trace the model for nothing
+            if not any(view.graph.sees(path) for path in candidates):
                 view.refuse(block, "neurons stay: the example inputs' outputs do not depend on it")
             for consumer in filter(view.graph.sees, candidates):
                 axis = _axis(view, block, consumer, index)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vlprune.calls import Inputs, quiet_eval
 from vlprune.registry import TASKS
+from vlprune.tasks._batches import check_repeatable
 
 
 @TASKS.register("callables")
@@ -35,11 +36,7 @@ class CallableTask:
         example_inputs: Inputs | None = None,
         name: str = "callables",
     ):
-        if iter(batches) is batches:
-            raise TypeError(
-                "batches must be a list or loader that can be gone through many times; got an "
-                f"iterator {type(batches).__name__}. Wrap it in list()."
-            )
+        check_repeatable(batches, "batches")
         self.name = name
         self._batches = batches
         self._loss = loss
@@ -60,8 +57,10 @@ class CallableTask:
             if self._measure is not None:
                 return float(self._measure(model))
             losses = [self._loss(model, batch) for batch in self._batches]
+        if not losses:
+            raise ValueError("batches must hold at least one batch; got none in CallableTask.")
         return -float(torch.stack(losses).mean())
 
-    def example_inputs(self) -> Inputs | None:
+    def example_inputs(self, model: nn.Module) -> Inputs | None:
         """Return the inputs of one example, None where they were not given."""
         return self._example_inputs

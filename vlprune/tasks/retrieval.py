@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlprune.calls import Inputs, map_tensors, quiet_eval
+from vlprune.calls import Inputs, quiet_eval
 from vlprune.registry import TASKS
+from vlprune.tasks._batches import check_repeatable
 
 Encode = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -49,7 +50,8 @@ class Retrieval:
             `get_text_features`.
 
     Raises:
-        ValueError: if the loader is empty.
+        TypeError: if the loader can be gone through only once.
+        ValueError: by any use, if the loader is empty.
     """
 
     name = "retrieval"
@@ -60,6 +62,7 @@ class Retrieval:
         ks: tuple[int, ...] = (1, 5, 10),
         encode: Encode | None = None,
     ):
+        check_repeatable(loader, "loader")
         self._loader = loader
         self.ks = ks
         self._encode = encode or encode_pair
@@ -99,11 +102,15 @@ class Retrieval:
         similarity = torch.cat(images).float() @ torch.cat(texts).float().T
         return recall(similarity, torch.cat(ids).to(similarity.device), self.ks)
 
-    def example_inputs(self) -> Inputs:
-        """Return one image and one text, as tuple or keywords as the first batch has them."""
-        first = next(iter(self._loader))
-        one = map_tensors(first, lambda t: t[:1])
-        return (one["image"], one["text"]) if isinstance(one, Mapping) else tuple(one[:2])
+    def example_inputs(self, model: nn.Module) -> Inputs:
+        """Return one image and one text, by the keywords of transformers where it is its model."""
+        first = next(iter(self.batches()), None)
+        if first is None:
+            raise ValueError("loader must yield at least one batch; got none in Retrieval.")
+        image, text = (x[:1] for x in first)
+        if hasattr(model, "get_image_features"):
+            return {"pixel_values": image, "input_ids": text}
+        return image, text
 
     def _features(self, model: nn.Module, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         image_features, text_features = self._encode(model, image, text)
