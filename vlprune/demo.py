@@ -14,7 +14,6 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from vlprune.contracts import Task
 from vlprune.cost import count_macs, count_params, latencies_ms
 from vlprune.dissect import dissect
 from vlprune.pipeline import create_model, plan, prune, score, verify
@@ -22,6 +21,7 @@ from vlprune.plan import Cost, Plan
 from vlprune.pruner import record_of
 from vlprune.report import draw_plan
 from vlprune.store import from_pretrained, save_pretrained
+from vlprune.tasks.retrieval import Retrieval
 
 METRICS_SHOWN = ("mope", "taylor", "magnitude")
 ALLOCATIONS_SHOWN = ("uniform", "global")
@@ -53,7 +53,7 @@ class DemoResult:
     reloaded_recall: float
 
 
-def run_demo(folder: Path, test: Task, calibration: Task, stage: Stage) -> DemoResult:
+def run_demo(folder: Path, test: Retrieval, calibration: Retrieval, stage: Stage) -> DemoResult:
     """Run the demo and return what it found; writes the best model and its picture to `folder`.
 
     Args:
