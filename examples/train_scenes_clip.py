@@ -10,25 +10,22 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
 from open_clip.model import CLIP
 from torch import Tensor
 from torch.nn import functional
 
 from vlprune.tasks.scenes.data import Scenes, normalise
-from vlprune.tasks.scenes.layout import Layout, paint
+from vlprune.tasks.scenes.layout import paint
 from vlprune.tasks.scenes.model import SCENES_CLIP, build_scenes_clip
 
 NUM_TEST_SCENES = 1000
 WARMUP_STEPS = 100
-GROUP_SIZE = 8
 MAX_LOGIT_SCALE = math.log(100)
 
 
@@ -57,34 +54,12 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return (moved * uniform(0.6, 1.3)[:, None, None]).clamp(0, 255)
 
 
-def share_classes(layout: Layout, labels: NDArray[np.uint8], rng: np.random.Generator) -> Layout:
-    """The same cells, but every eight scenes in a row show the same classes, shuffled over them.
-
-    Without such neighbours a batch is told apart by its classes alone, and neither tower ever
-    learns the places.
-    """
-    num_scenes, num_slots = layout.cell.shape
-    leader = np.arange(num_scenes) // GROUP_SIZE * GROUP_SIZE
-    present = layout.present[leader]
-    slots = np.arange(num_slots)
-    # Present objects come first, in reading order; only they are shuffled.
-    order = np.argsort(np.where(present, layout.cell, 9 + slots), axis=1)
-    shuffle = np.argsort(np.where(present, rng.random(present.shape), 1 + slots), axis=1)
-    shared = np.take_along_axis(labels[layout.item[leader]], shuffle, axis=1)
-    of_class = np.stack([np.flatnonzero(labels == label) for label in np.unique(labels)])
-    item = of_class[shared, rng.integers(of_class.shape[1], size=shared.shape)]
-    cell = np.take_along_axis(layout.cell, order, axis=1)
-    return replace(layout, present=present, cell=cell, item=item)
-
-
 def train_batches(seed: int, steps: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Fresh scenes for every step: images `[B, 3, 96, 96]` and tokens `[B, 32]`."""
     scenes = Scenes("train", steps * batch_size, seed)
     generator = torch.Generator().manual_seed(seed)
-    rng = np.random.default_rng(seed)
     for step in range(steps):
-        drawn = scenes.layout(range(step * batch_size, (step + 1) * batch_size))
-        layout = share_classes(drawn, scenes.items.labels, rng)
+        layout = scenes.layout(range(step * batch_size, (step + 1) * batch_size))
         pixels = scenes.items.images[layout.item[layout.present]].astype(np.float32)
         changed = augment(torch.from_numpy(pixels), generator).to(torch.uint8).numpy()
         captions = [scene.caption for scene in scenes.scenes_of(layout)]

@@ -19,7 +19,7 @@ FIRST_TEST_CAPTIONS = (
     "a t-shirt top, an ankle boot top right, trousers bottom left",
     "a shirt top left, a bag top right",
 )
-RECALL_FLOOR = 0.30
+RECALL_FLOOR = 0.75  # 0.79 measured
 
 
 @pytest.fixture(scope="module")

@@ -256,7 +256,14 @@ def _local(folder: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"{folder} must be a folder; there is none of that name.")
     from huggingface_hub import snapshot_download  # lazy: only for names on the hub
 
-    return Path(snapshot_download(str(folder), allow_patterns=[_CONFIG, _PLAN, _WEIGHTS]))
+    try:
+        return Path(snapshot_download(str(folder), allow_patterns=[_CONFIG, _PLAN, _WEIGHTS]))
+    except Exception as error:  # the hub's own and its HTTP client's have no common base
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{folder} must be a folder here or a repository on the hub; it is no folder, and the "
+            f"hub says: {reason}"
+        ) from error
 
 
 def _read_config(folder: Path, check_files: bool = True) -> dict[str, Any]:
