@@ -161,3 +161,23 @@ def test_per_head_masks_are_refused_by_gated_attention() -> None:
     x = torch.zeros(1, 3, 8)
     with pytest.raises(ValueError, match=r"attn_mask must be \[target, source\]"):
         module(x, x, x, attn_mask=torch.zeros(2, 3, 3))
+
+
+def test_a_gate_changed_in_place_is_live(clip: tuple[nn.Module, vlprune.Anatomy]) -> None:
+    model, anatomy = clip
+    axis = anatomy.axis("visual.transformer.resblocks.1.attn:head")
+    with torch.no_grad(), vlprune.Gates(model, [axis]) as gates:
+        before = outputs(model, inputs_of(model))
+        gates.values[axis.name][2] = 0
+        changed = outputs(model, inputs_of(model))
+        gates.keep({axis.name: (0, 1, 3)})
+        kept = outputs(model, inputs_of(model))
+        gates.values[axis.name][2] = 1
+        opened = outputs(model, inputs_of(model))
+        gates.values[axis.name][2] = 0
+        gates.keep({axis.name: (0, 1, 2, 3)})
+        reopened = outputs(model, inputs_of(model))
+    assert not torch.equal(before[0], changed[0])
+    assert torch.equal(changed[0], kept[0])
+    assert torch.equal(before[0], opened[0])
+    assert torch.equal(before[0], reopened[0])

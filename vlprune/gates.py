@@ -59,6 +59,7 @@ class Gates:
             module = model.get_submodule(axis.gate.modules[0])
             holders = (*module.parameters(), *model.parameters())  # a bypassed block holds none
             self.values[axis.name] = torch.ones(axis.units, device=holders[0].device)
+        self._ones = dict(self.values)
 
     def __enter__(self) -> Gates:
         for axis in self.axes:
@@ -86,8 +87,12 @@ class Gates:
                     f"axis {name!r} must have a gate here; there are none of that "
                     "name. Make the plan again with vlprune.plan."
                 )
-            value = torch.zeros_like(self.values[name])
-            value[list(units)] = 1
+            everything = len(units) == len(self._ones[name])
+            value = torch.full_like(self._ones[name], float(everything))
+            if everything:
+                self._ones[name] = value
+            else:
+                value[list(units)] = 1
             self.values[name] = value
 
     def sample_gradients(self) -> list[tuple[str, int | None, Tensor]]:
@@ -131,6 +136,8 @@ class Gates:
             x = args[0]  # [B, ..., U * block]
             if self._tap:
                 self._tap(axis, None, x, None)
+            if self._is_open(axis):
+                return args
             gate = self._gate(axis, None, x).repeat_interleave(axis.gate.block, dim=-1)
             if gate.dim() == 2:  # one row an example: [B, F] -> [B, 1, ..., F]
                 gate = gate.reshape(gate.shape[0], *[1] * (x.dim() - 2), gate.shape[1])
@@ -144,6 +151,8 @@ class Gates:
             residual = _residual(axis, args, kwargs)
             if self._tap:
                 self._tap(axis, unit, residual, out)
+            if self._is_open(axis):
+                return output
             gate = self._gate(axis, unit, out)
             if gate.dim() == 1 and self._per_sample:
                 gate = gate.reshape(-1, *[1] * (out.dim() - 1))  # [B] -> [B, 1, ...]
@@ -154,6 +163,13 @@ class Gates:
             return (out, *output[1:]) if isinstance(output, tuple) else out
 
         return interpolate
+
+    def _is_open(self, axis: Axis) -> bool:
+        """Say whether the gate is still the ones that it began with: then nothing is multiplied."""
+        value = self.values[axis.name]
+        untouched = value is self._ones[axis.name] and not value.requires_grad
+        known = not value.is_inference()  # such a tensor does not count its changes
+        return not self._per_sample and untouched and known and value._version == 0
 
     def _gate(self, axis: Axis, unit: int | None, x: Tensor) -> Tensor:
         """[units] or a scalar; per sample [examples, units] or [examples]."""
