@@ -8,6 +8,7 @@ context gives the model back bit for bit. For good, units are removed by `pruner
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -57,8 +58,8 @@ class Gates:
         self._classes: list[tuple[nn.Module, type]] = []
         for axis in self.axes:
             module = model.get_submodule(axis.gate.modules[0])
-            holders = (*module.parameters(), *model.parameters())  # a bypassed block holds none
-            self.values[axis.name] = torch.ones(axis.units, device=holders[0].device)
+            holder = next(itertools.chain(module.parameters(), model.parameters()))
+            self.values[axis.name] = torch.ones(axis.units, device=holder.device)
         self._ones = dict(self.values)
 
     def __enter__(self) -> Gates:

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from vlprune.calls import calls_of, cast, quiet_eval, run, tensors_of
+from vlprune.calls import calls_of, cast, clone, quiet_eval, run, tensors_of
 from vlprune.dissect import default_inputs
 from vlprune.errors import CheckpointError, PlanError, UnsupportedModelError
 from vlprune.plan import Plan, Scores, versions
@@ -234,6 +234,7 @@ def _check_reload(model: nn.Module, reloaded: nn.Module) -> None:
         return
     if any(p.device.type != "cpu" for p in model.parameters()):
         return  # weights are equal; another device computes in another order
+    model = clone(model)  # weights mapped from a file lie unaligned: kernels add in another order
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     with torch.no_grad(), quiet_eval(model), quiet_eval(reloaded):
         for call in (cast(call, dtype) for call in calls_of(inputs)):
