@@ -41,7 +41,7 @@ def test_taylor_and_fisher_beat_magnitude_at_equal_cost(
     best_magnitude = max(recalls["magnitude", "uniform"], recalls["magnitude", "global"])
     for metric in ("taylor", "fisher"):
         assert recalls[metric, "global"] > best_magnitude + 5
-        assert recalls[metric, "global"] > 0.75 * dense
+        assert recalls[metric, "global"] > 0.9 * dense
 
 
 @pytest.mark.slow
