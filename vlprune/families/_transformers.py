@@ -21,6 +21,11 @@ PRE_NORM_HALVES = (
 )
 
 
+def linear_rows(*projections: str) -> tuple[tuple[str, int], ...]:
+    """Return the rows of an attention whose query, key and value are linear layers of their own."""
+    return tuple((f"{name}.{tensor}", 1) for name in projections for tensor in ("weight", "bias"))
+
+
 def describe(model: Any) -> dict[str, Any] | None:
     """Return class name and config, from which `build` makes the model again."""
     return {

@@ -76,11 +76,7 @@ FAMILIES.register("hf_blip")(
                 cls=f"{_TEXT}.BlipTextSelfAttention",
                 heads="num_attention_heads",
                 head_dim="attention_head_size",
-                rows=tuple(
-                    (f"{name}.{tensor}", 1)
-                    for name in ("query", "key", "value")
-                    for tensor in ("weight", "bias")
-                ),
+                rows=_transformers.linear_rows("query", "key", "value"),
                 out="../output.dense",
                 knobs=(("num_attention_heads", 1), ("all_head_size", "head_dim")),
                 empty=f"{_CLASSES}:HeadlessBlipTextSelfAttention",

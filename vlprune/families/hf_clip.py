@@ -36,11 +36,7 @@ FAMILIES.register("hf_clip")(
                 cls="transformers.models.clip.modeling_clip.CLIPAttention",
                 heads="num_heads",
                 head_dim="head_dim",
-                rows=tuple(
-                    (f"{name}.{tensor}", 1)
-                    for name in ("q_proj", "k_proj", "v_proj")
-                    for tensor in ("weight", "bias")
-                ),
+                rows=_transformers.linear_rows("q_proj", "k_proj", "v_proj"),
                 out="out_proj",
                 knobs=(("num_heads", 1),),
                 empty="vlprune.families._hf_clip_classes:HeadlessCLIPAttention",
