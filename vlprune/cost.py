@@ -26,13 +26,18 @@ Keep = Mapping[str, tuple[int, ...]]
 
 def shapes_after(anatomy: Anatomy, keep: Keep) -> dict[str, tuple[int, ...] | None]:
     """Return tensor name to shape after the plan, None where the tensor is gone."""
+    return _shapes(anatomy, keep, _gone_scopes(anatomy, keep))
+
+
+def _shapes(
+    anatomy: Anatomy, keep: Keep, gone: tuple[str, ...]
+) -> dict[str, tuple[int, ...] | None]:
     shapes: dict[str, list[int]] = {t.name: list(t.shape) for t in anatomy.tensors}
     for axis in anatomy.axes:
         removed = axis.units - len(keep[axis.name]) if axis.name in keep else 0
         if removed:
             for site in axis.sites:
                 shapes[site.tensor][site.dim] -= removed * site.block
-    gone = _gone_scopes(anatomy, keep)
     return {
         name: None if any(under(name, scope) for scope in gone) else tuple(shape)
         for name, shape in shapes.items()
@@ -41,17 +46,17 @@ def shapes_after(anatomy: Anatomy, keep: Keep) -> dict[str, tuple[int, ...] | No
 
 def price(anatomy: Anatomy, keep: Keep) -> Cost:
     """Return the cost of the whole model when only `keep` stays on the axes that it names."""
-    shapes = shapes_after(anatomy, keep)
+    gone = _gone_scopes(anatomy, keep)
+    shapes = _shapes(anatomy, keep, gone)
     params = sum(
         math.prod(shape)
         for tensor in anatomy.tensors
         if tensor.is_parameter and (shape := shapes[tensor.name]) is not None
     )
-    gone = _gone_scopes(anatomy, keep)
     shares = {a.name: (len(keep[a.name]), a.units) for a in anatomy.axes if a.name in keep}
     macs = 0
     for operation in anatomy.operations:
-        if gone and any(under(operation.module, scope) for scope in gone):
+        if any(under(operation.module, scope) for scope in gone):
             continue
         numerator, denominator = operation.macs, 1
         for name in operation.axes:

@@ -16,7 +16,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlprune.anatomy import Anatomy, Axis, Operation, Refusal, TensorShape, under
+from vlprune.anatomy import (
+    Anatomy,
+    Axis,
+    Operation,
+    Refusal,
+    TensorShape,
+    fingerprint_of,
+    under,
+)
 from vlprune.calls import Call, Inputs, calls_of, quiet_eval, run, tensors_of
 from vlprune.cost import countable_kernels
 from vlprune.errors import TraceError, UnsupportedModelError
@@ -178,6 +186,11 @@ def tensor_shapes(model: nn.Module) -> tuple[TensorShape, ...]:
         TensorShape(name=name, shape=tuple(tensor.shape), is_parameter=is_parameter)
         for name, tensor, is_parameter in [*parameters, *buffers]
     )
+
+
+def fingerprint_of_model(model: nn.Module) -> str:
+    """Return what `Anatomy.fingerprint` would be, without a dissection."""
+    return fingerprint_of(type(model).__name__, tensor_shapes(model))
 
 
 def _operations(

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlprune.anatomy import Anatomy, fingerprint_of
+from vlprune.anatomy import Anatomy
 from vlprune.calls import Inputs, clone, map_tensors, quiet_eval
 from vlprune.contracts import Task
 from vlprune.cost import absolute_budget, dense_cost, price
-from vlprune.dissect import default_inputs, dissect, tensor_shapes
+from vlprune.dissect import default_inputs, dissect, fingerprint_of_model
 from vlprune.errors import UnknownNameError, UnsupportedModelError
 from vlprune.gates import Gates
 from vlprune.law import check_masked_equals_cut
@@ -119,6 +119,7 @@ def score(
     if anatomy is None:
         inputs = example_inputs if example_inputs is not None else _task_inputs(model, task)
         anatomy = dissect(model, inputs)
+    _check_strategies(anatomy, strategies)
     for name in getattr(kind, "takes_scores", ()):
         if isinstance(settings.get(name), str):
             settings[name] = score(
@@ -129,21 +130,17 @@ def score(
                 strategies=strategies,
                 max_batches=max_batches,
             )
-    _check_strategies(anatomy, strategies)
-    with quiet_eval(model), _frozen(model):
-        if kind.needs == "measure":
-            assert task is not None
-            with kind(
-                model, anatomy, strategies=strategies, progress=progress, **settings
-            ) as meter:
-                with torch.no_grad():
-                    meter.update(lambda: task.measure(model))
-                return _scores(meter)
-        with kind(model, anatomy, strategies=strategies, **settings) as meter:
-            if kind.needs != "nothing":
-                assert task is not None
-                _run_batches(meter, model, task, kind.needs, max_batches, progress)
-            return _scores(meter)
+    if kind.needs == "measure":
+        settings["progress"] = progress
+    meter = kind(model, anatomy, strategies=strategies, **settings)
+    with quiet_eval(model), _frozen(model), meter:
+        if task is not None and kind.needs == "measure":
+            with torch.no_grad():
+                meter.update(lambda: task.measure(model))
+        elif task is not None and kind.needs != "nothing":
+            _run_batches(meter, model, task, kind.needs, max_batches, progress)
+        scores: Scores = meter.compute()
+    return scores
 
 
 def _check_strategies(anatomy: Anatomy, strategies: tuple[str, ...]) -> None:
@@ -154,11 +151,6 @@ def _check_strategies(anatomy: Anatomy, strategies: tuple[str, ...]) -> None:
             f"strategies must find something in {anatomy.model}; {', '.join(strategies) or 'none'} "
             f"found nothing, it has {', '.join(anatomy.kinds)}."
         )
-
-
-def _scores(meter: Any) -> Scores:
-    scores: Scores = meter.compute()
-    return scores
 
 
 def _run_batches(
@@ -295,7 +287,7 @@ def verify(dense: nn.Module, small: nn.Module, example_inputs: Inputs | None = N
     if not plans:
         raise ValueError("small must carry a plan; this model was never cut by vlprune.prune.")
     inputs = default_inputs(dense, batch=2) if example_inputs is None else example_inputs
-    fingerprint = fingerprint_of(type(dense).__name__, tensor_shapes(dense))
+    fingerprint = fingerprint_of_model(dense)
     since = [i for i, plan in enumerate(plans) if plan.fingerprint == fingerprint]
     before_last = clone(dense)
     for earlier in plans[since[0] if since else 0 : -1]:

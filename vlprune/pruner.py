@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlprune.anatomy import Knob, fingerprint_of
+from vlprune.anatomy import Knob
 from vlprune.calls import Inputs, clone
-from vlprune.dissect import default_inputs, tensor_shapes
+from vlprune.dissect import default_inputs, fingerprint_of_model
 from vlprune.errors import PlanError, UnsupportedModelError
 from vlprune.law import check_masked_equals_cut
 from vlprune.layout import family_of, resolve
@@ -113,7 +113,7 @@ def source_of(model: nn.Module) -> dict[str, Any] | None:
 
 def check_fits(plan: Plan, model: nn.Module) -> None:
     """Raise PlanError unless `plan` was made for a model of this structure."""
-    fingerprint = fingerprint_of(type(model).__name__, tensor_shapes(model))
+    fingerprint = fingerprint_of_model(model)
     if plan.fingerprint != fingerprint:
         raise PlanError(
             f"plan must fit the model {type(model).__name__} {fingerprint}; got one made for "

@@ -64,10 +64,17 @@ class AxisMetric:
         """What the scores were made with, JSON values only."""
         return {"examples": self._count} if self._count else {}
 
-    def _add(self, axis: str, values: Tensor) -> None:
-        """Add [units] to the total of an axis, in float64 on the CPU at the end."""
+    def _add(self, axis: Axis, values: Tensor, unit: int | None = None) -> None:
+        """Add [units], or the value of one unit, to the total of an axis; float64, where it is."""
         values = values.detach().to(torch.float64)
-        self._totals[axis] = self._totals[axis] + values if axis in self._totals else values
+        if axis.name not in self._totals:
+            size = values.shape if unit is None else (axis.units,)
+            self._totals[axis.name] = values.new_zeros(size)
+        total = self._totals[axis.name]
+        if unit is None:
+            total += values
+        else:
+            total[unit] += values
 
     def _scores(self, values: Mapping[str, Tensor]) -> Scores:
         """Scores from [units] per axis; an axis that nothing flowed through is worth 0."""

@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from vlprune.contracts import Needs
@@ -38,16 +37,10 @@ class GateGradientMetric(AxisMetric):
                 "Run forward and backward inside the `with` block, without torch.no_grad."
             )
         self._count += max(gradient.shape[0] for *_, gradient in gradients)
-        units = {axis.name: axis.units for axis in self.anatomy.axes}
-        for axis, unit, gradient in gradients:
+        axes = {axis.name: axis for axis in self.anatomy.axes}
+        for name, unit, gradient in gradients:
             values = self._value(gradient.double() * gradient.shape[0]).sum(0)
-            if unit is not None:
-                values = (
-                    torch.zeros_like(values)
-                    .new_zeros(units[axis])
-                    .index_fill_(0, torch.tensor([unit], device=values.device), float(values))
-                )
-            self._add(axis, values)
+            self._add(axes[name], values if unit is None else values.squeeze(0), unit)
 
     def compute(self) -> Scores:
         """Return the mean per example."""

@@ -46,12 +46,10 @@ class Activation(AxisMetric):
 
     def _tap(self, axis: Axis, unit: int | None, x: Tensor, out: Tensor | None) -> None:
         if unit is None:
-            self._add(axis.name, x.detach().float().pow(2).flatten(0, -2).sum(0))
+            self._add(axis, x.detach().float().pow(2).flatten(0, -2).sum(0))
             return
         added = x if out is None else out if axis.gate.kind == "output" else out - x
-        one = added.new_zeros(axis.units, dtype=added.float().dtype)
-        one[unit] = added.detach().float().pow(2).sum()
-        self._add(axis.name, one)
+        self._add(axis, added.detach().float().pow(2).sum(), unit)
 
     def _norms(self, axis: Axis) -> Tensor:
         squares = self._totals[axis.name]

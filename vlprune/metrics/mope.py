@@ -80,8 +80,8 @@ class Mope(AxisMetric):
             falls[axis.name][list(units)] = fall / len(units)
             if self._progress:
                 self._progress(done, len(groups))
-        for name, values in falls.items():
-            self._add(name, values)
+        for axis in self.anatomy.axes:
+            self._add(axis, falls[axis.name])
         self._count += 1
 
     def compute(self) -> Scores:

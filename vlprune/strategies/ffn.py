@@ -6,6 +6,7 @@ are coupled with nothing but the outputs of linear layers of the same block.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -83,11 +84,7 @@ def _mixes_features(module: nn.Module) -> bool:
 
 def _by_first_name(view: ModelView, sites: Sequence[Site]) -> tuple[Site, ...]:
     named = [(view.tensor_name(site.tensor), site) for site in sites]
-    return tuple(
-        Site(tensor=name, dim=site.dim, offset=site.offset, block=site.block)
-        for name, site in named
-        if name is not None
-    )
+    return tuple(dataclasses.replace(site, tensor=name) for name, site in named if name is not None)
 
 
 def _common(paths: Sequence[str]) -> str:
