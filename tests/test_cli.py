@@ -167,7 +167,6 @@ def test_a_task_of_ones_own_is_imported(dense: Path, tmp_path: Path, monkeypatch
         ("timm:", "model 'timm:' must be"),
         ("timm:no_such_vit", "no_such_vit"),
         ("open_clip:No-Such-CLIP", "No-Such-CLIP"),
-        ("timm:resnet18", "no family declares"),
     ],
 )
 def test_a_wrong_model_is_told(fail, spec: str, text: str) -> None:

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import vlprune
 from vlprune.calls import Call, calls_of, map_tensors, run, tensors_of
 from vlprune.cost import count_params
+from vlprune.cutting import cut_
 from vlprune.dissect import default_inputs
-from vlprune.pruner import cut_
 from vlprune.tasks import CallableTask
 
 CUDA = torch.device("cuda")
@@ -46,7 +46,7 @@ def test_gates_gradients_and_cuts_stay_on_the_device(name: str) -> None:
             assert loss(model, calls).requires_grad  # its backward would need a real device
             made = [gate for fresh in gates._samples.values() for gate in fresh]
             assert {gate.device.type for gate in made} == {"cuda"}
-        cut_(model, plan)
+        cut_(model, plan.rows)
         assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"cuda"}
         with torch.no_grad():
             assert loss(model, calls).device.type == "cuda"

@@ -1,4 +1,6 @@
-"""Anatomies: what is found, where, and that declared = traced."""
+"""Anatomies: what is found, where, and that what was probed is what the graph traces."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -12,12 +14,13 @@ from vlprune.cost import count_macs, count_params, dense_cost
 from vlprune.dissect import ModelView, default_inputs
 from vlprune.errors import TraceError, UnsupportedModelError
 from vlprune.graph import CoupledGraph
+from vlprune.registry import FAMILIES
 
 EXPECTED = {  # tower -> (heads, FFN neurons, layers, sub-layers), counted by hand from the configs
     "open_clip": {"vision": (12, 384, 3, 6), "text": (8, 256, 2, 4)},
     "deit": {"vision": (9, 576, 3, 6)},
     "hf_clip": {"vision": (12, 168, 3, 6), "text": (8, 96, 2, 4)},
-    "BlipModel": {"vision": (12, 168, 3, 6), "text": (8, 96, 2, 4), "fusion": (8, 0, 0, 2)},
+    "BlipModel": {"vision": (12, 168, 3, 6), "text": (8, 96, 2, 4), "fusion": (0, 0, 0, 2)},
     "BlipForImageTextRetrieval": {
         "vision": (12, 168, 3, 6),
         "text": (8, 96, 2, 4),
@@ -32,6 +35,10 @@ EXPECTED = {  # tower -> (heads, FFN neurons, layers, sub-layers), counted by ha
     "BlipForConditionalGeneration": {"vision": (12, 168, 3, 6), "decoder": (16, 96, 2, 6)},
 }
 
+UNREACHED = {  # a BlipModel holds cross attentions that its forward never calls
+    "BlipModel": [f"text_model.encoder.layer.{i}.crossattention" for i in (0, 1)]
+}
+
 
 @pytest.mark.parametrize("name", list(zoo.MAKERS))
 def test_every_head_neuron_layer_and_half_is_found(name: str) -> None:
@@ -43,7 +50,9 @@ def test_every_head_neuron_layer_and_half_is_found(name: str) -> None:
             for kind in ("head", "ffn", "layer", "sublayer")
         )
     assert found == EXPECTED[name]
-    assert anatomy.refusals == ()
+    unreached = {refusal.module for refusal in anatomy.refusals}
+    assert unreached == set(UNREACHED.get(name, ()))
+    assert {r.reason for r in anatomy.refusals} <= {"the example inputs do not reach it"}
 
 
 def test_the_price_of_nothing_removed_is_what_is_counted(
@@ -54,7 +63,7 @@ def test_the_price_of_nothing_removed_is_what_is_counted(
     assert dense_cost(anatomy).macs == count_macs(model, default_inputs(model))
 
 
-def test_declared_heads_are_the_traced_ones(tiny: tuple[nn.Module, vlprune.Anatomy]) -> None:
+def test_probed_units_are_the_traced_ones(tiny: tuple[nn.Module, vlprune.Anatomy]) -> None:
     model, anatomy = tiny
     graph = CoupledGraph(model, calls_of(default_inputs(model)))
     agreed = 0
@@ -72,25 +81,27 @@ def test_declared_heads_are_the_traced_ones(tiny: tuple[nn.Module, vlprune.Anato
     assert agreed >= sum(axis.kind == "ffn" for axis in anatomy.axes)
 
 
-def test_a_declaration_that_disagrees_with_the_trace_is_refused(
+class Crooked(torch.nn.Module):
+    """Takes the place of an attention and answers something else."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, None]:
+        return self.out_proj(self.v_proj(hidden_states)), None
+
+
+def test_a_declared_class_that_computes_something_else_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = zoo.make("hf_clip")
-    from vlprune.registry import FAMILIES
-
     family = FAMILIES["hf_clip"]
-    import dataclasses
-
-    crooked = dataclasses.replace(
-        family.attentions[0], rows=(("q_proj.weight", 1), ("k_proj.weight", 1))
-    )
+    crooked = dataclasses.replace(family.attentions[0], cut=f"{__name__}:Crooked")
     monkeypatch.setitem(
         FAMILIES._entries, "hf_clip", dataclasses.replace(family, attentions=(crooked,))
     )
-    anatomy = vlprune.dissect(model)
+    anatomy = vlprune.dissect(zoo.make("hf_clip"))
     assert "head" not in anatomy.kinds
-    assert len(anatomy.refusals) == 5
-    assert "declared heads must agree with the traced ones" in anatomy.refusals[0].reason
+    refused = [r for r in anatomy.refusals if r.kind == "head"]
+    assert len(refused) == 5
+    assert refused[0].module == "text_model.encoder.layers.0.self_attn.out_proj"
+    assert refused[0].reason.startswith("heads stay: masked and cut differ by")
 
 
 def test_dissecting_leaves_the_model_as_it_was() -> None:
@@ -109,35 +120,35 @@ def test_dissecting_leaves_the_model_as_it_was() -> None:
     assert anatomy == vlprune.dissect(zoo.make("BlipForQuestionAnswering"))  # frozen or not
 
 
-def test_a_model_that_nobody_declared_is_refused_with_the_way_out() -> None:
+def test_a_model_without_anything_to_cut_is_refused_with_the_way_out() -> None:
     with pytest.raises(UnsupportedModelError, match="is a class that no family declares"):
         vlprune.dissect(nn.Sequential(nn.Linear(4, 4)))
-    with pytest.raises(UnsupportedModelError, match="must hold an attention or a block"):
+    with pytest.raises(UnsupportedModelError, match="must hold an attention, a feed-forward"):
         vlprune.dissect(nn.Sequential(nn.Linear(4, 4)), torch.zeros(1, 4))
 
 
 def test_inputs_that_do_not_run_the_model_are_named() -> None:
-    with pytest.raises(TraceError, match="Check that the example inputs run the model"):
+    with pytest.raises(TraceError, match=r"must run on the example inputs; it raised .*Input heig"):
         vlprune.dissect(zoo.make("deit"), torch.zeros(1, 3, 8, 8))
     with pytest.raises(TypeError, match="example_inputs must be a tuple"):
         vlprune.dissect(zoo.make("deit"), "an image")
 
 
-def test_the_trace_has_a_time_limit() -> None:
+def test_the_trace_of_the_dependency_graph_has_a_time_limit() -> None:
+    model = zoo.make("BlipForQuestionAnswering")
     with pytest.raises(TraceError, match=r"must end within 0\.001 s; it did not"):
-        vlprune.dissect(zoo.make("BlipForQuestionAnswering"), limit_s=0.001)
+        CoupledGraph(model, calls_of(default_inputs(model)), limit_s=0.001)
 
 
-def test_a_norm_over_hidden_features_is_refused_by_name() -> None:
-    model = zoo.redraw(zoo.deit(scale_mlp_norm=True, scale_attn_norm=True)).eval()
-    anatomy = vlprune.dissect(model)
-    reasons = {refusal.module: refusal.reason for refusal in anatomy.refusals}
-    assert "a norm over all heads" in reasons["blocks.0.attn"]
-    assert reasons["blocks.0.mlp.fc2"] == "neurons stay: blocks.0.mlp.norm normalises over them"
-    assert anatomy.kinds == ("layer", "sublayer")
-
-
-@pytest.mark.parametrize("options", [{"qk_norm": True}, {"init_values": 0.5}, {"qkv_bias": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qk_norm": True},
+        {"init_values": 0.5},
+        {"qkv_bias": False},
+        {"scale_mlp_norm": True, "scale_attn_norm": True},  # norms over the cut features
+    ],
+)
 def test_variants_of_timm_obey_the_law(options: dict[str, object]) -> None:
     from conftest import random_keep
 
@@ -160,21 +171,29 @@ def test_axes_have_names_towers_and_depths(clip: tuple[nn.Module, vlprune.Anatom
 def test_a_view_knows_stacks_and_tied_tensors() -> None:
     model = zoo.make("BlipForQuestionAnswering")
     view = ModelView(model, calls_of(default_inputs(model)))
-    assert [stack.path for stack in view.stacks] == [
+    assert {stack.path for stack in view.discovery.stacks} == {
         "vision_model.encoder.layers",
         "text_encoder.encoder.layer",
         "text_decoder.bert.encoder.layer",
-    ]
-    tied = view.tensor_name("text_decoder.cls.predictions.decoder.weight")
-    assert tied == "text_decoder.bert.embeddings.word_embeddings.weight"
+    }
+    tied = view.tensor_names("text_decoder.cls.predictions.decoder.weight")
+    assert tied[0] == "text_decoder.bert.embeddings.word_embeddings.weight"
+
+
+def test_a_part_that_no_output_carries_is_proven_all_the_same() -> None:
+    model = zoo.make("BlipForQuestionAnswering")
+    inputs = default_inputs(model)[0]
+    whole = vlprune.dissect(model, inputs)
+    del inputs["labels"]  # then no output depends on the text
+    assert vlprune.dissect(model, inputs).axes == whole.axes
 
 
 def test_a_part_that_the_example_inputs_do_not_reach_is_named() -> None:
-    model = zoo.make("BlipForQuestionAnswering")
-    inputs = default_inputs(model)[0]
-    del inputs["labels"]  # then no output depends on the text
+    model = zoo.make("BlipForImageTextRetrieval")
+    inputs = default_inputs(model)[1]  # contrastive: no cross attention
+    assert inputs["use_itm_head"] is False
     anatomy = vlprune.dissect(model, inputs)
-    reasons = {refusal.module: refusal.reason for refusal in anatomy.refusals}
-    assert reasons["text_encoder.encoder.layer.1"] == (
-        "neurons stay: the example inputs' outputs do not depend on it"
-    )
+    assert {(r.module, r.reason) for r in anatomy.refusals} == {
+        (f"text_encoder.encoder.layer.{i}.crossattention", "the example inputs do not reach it")
+        for i in (0, 1)
+    }

@@ -1,5 +1,7 @@
 """Gates: reversible, differentiable, and one mechanism for masks, gradients and statistics."""
 
+import copy
+
 import pytest
 import torch
 import zoo
@@ -9,6 +11,7 @@ from torch import nn
 import vlprune
 from vlprune.calls import calls_of, run, tensors_of
 from vlprune.errors import PlanError
+from vlprune.families.pytorch import ExplicitMultiheadAttention
 
 
 def outputs(model: nn.Module, inputs: object) -> list[torch.Tensor]:
@@ -118,8 +121,6 @@ def test_an_axis_without_a_gate_is_refused(clip: tuple[nn.Module, vlprune.Anatom
 
 
 def test_gated_attention_equals_multihead_attention_in_all_its_forms() -> None:
-    from vlprune.families.pytorch import ExplicitMultiheadAttention
-
     torch.manual_seed(0)
     for batch_first in (True, False):
         for kdim in (None, 12):
@@ -153,14 +154,32 @@ def test_gated_attention_equals_multihead_attention_in_all_its_forms() -> None:
                 assert torch.allclose(expected, got, rtol=1e-10, atol=1e-12)
 
 
-def test_per_head_masks_are_refused_by_gated_attention() -> None:
-    from vlprune.families.pytorch import ExplicitMultiheadAttention
-
-    module = nn.MultiheadAttention(8, 2, batch_first=True)
-    module.__class__ = ExplicitMultiheadAttention
-    x = torch.zeros(1, 3, 8)
-    with pytest.raises(ValueError, match=r"attn_mask must be \[target, source\]"):
-        module(x, x, x, attn_mask=torch.zeros(2, 3, 3))
+@torch.no_grad()
+def test_a_mask_per_head_serves_the_heads_that_stay() -> None:
+    plain = nn.MultiheadAttention(8, 4, batch_first=True).double()
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    masks = torch.randn(2, 4, 3, 3, dtype=torch.float64)  # as CoCa makes them, once for all layers
+    kept = copy.deepcopy(plain)
+    kept.__class__ = ExplicitMultiheadAttention
+    kept.after_swap()
+    assert torch.allclose(
+        kept(x, x, x, attn_mask=masks.flatten(0, 1))[0],
+        plain(x, x, x, attn_mask=masks.flatten(0, 1))[0],
+        atol=1e-12,
+    )
+    rows = torch.tensor([2, 3, 6, 7])  # the rows of heads 1 and 3, two features each
+    kept.num_heads, kept.kept_heads = 2, (1, 3)
+    kept.in_proj_weight = nn.Parameter(
+        plain.in_proj_weight.unflatten(0, (3, 8))[:, rows].flatten(0, 1)
+    )
+    kept.in_proj_bias = nn.Parameter(plain.in_proj_bias.unflatten(0, (3, 8))[:, rows].flatten())
+    kept.out_proj.weight = nn.Parameter(plain.out_proj.weight[:, rows])
+    plain.out_proj.weight[:, [0, 1, 4, 5]] = 0
+    expected = plain(x, x, x, attn_mask=masks.flatten(0, 1))[0]
+    got = kept(x, x, x, attn_mask=masks.flatten(0, 1))[0]
+    assert torch.allclose(got, expected, atol=1e-12)
+    few = kept(x, x, x, attn_mask=masks[:, [1, 3]].flatten(0, 1))[0]  # or made for them alone
+    assert torch.allclose(few, expected, atol=1e-12)
 
 
 def test_a_gate_changed_in_place_is_live(clip: tuple[nn.Module, vlprune.Anatomy]) -> None:

@@ -13,10 +13,11 @@ from torch import nn
 import vlprune
 from vlprune.calls import calls_of, run, tensors_of
 from vlprune.cost import count_macs, count_params, shapes_after
+from vlprune.cutting import cut_
 from vlprune.dissect import default_inputs
 from vlprune.errors import LawError
 from vlprune.law import check_masked_equals_cut, relative_error
-from vlprune.pruner import cut_, record_of
+from vlprune.pruner import record_of
 from vlprune.registry import STRATEGIES
 
 KINDS = [*STRATEGIES, "all"]
@@ -143,7 +144,7 @@ def planted(name: str, kind: str = "head") -> tuple[nn.Module, nn.Module, vlprun
     keep = {a.name: tuple(range(1, a.units)) for a in anatomy.axes if a.kind == kind}
     plan = vlprune.make_plan(anatomy, keep)
     cut = copy.deepcopy(model)
-    cut_(cut, plan)
+    cut_(cut, plan.rows)
     return model, cut, plan
 
 
@@ -180,7 +181,7 @@ def test_the_wrong_layer_gone_is_caught_and_named() -> None:
     model, anatomy = dissected("deit")
     plan = vlprune.make_plan(anatomy, {"blocks:layer": (0, 2)})
     cut = copy.deepcopy(model)
-    cut_(cut, vlprune.make_plan(anatomy, {"blocks:layer": (0, 1)}))
+    cut_(cut, vlprune.make_plan(anatomy, {"blocks:layer": (0, 1)}).rows)
     assert check(model, cut, plan).module.startswith("blocks.2")
 
 
@@ -217,8 +218,8 @@ def test_prune_does_not_return_a_model_that_breaks_the_law(monkeypatch: pytest.M
     model, anatomy = dissected("deit")
     plan = vlprune.make_plan(anatomy, {"blocks.0.attn:head": (0, 2)})
 
-    def crooked(cut: nn.Module, plan: vlprune.Plan) -> None:
-        cut_(cut, plan)
+    def crooked(cut: nn.Module, rows: tuple[vlprune.PlanRow, ...]) -> None:
+        cut_(cut, rows)
         cut.blocks[0].attn.qkv.bias.data += 1
 
     monkeypatch.setattr("vlprune.pruner.cut_", crooked)

@@ -19,6 +19,7 @@ from vlprune.errors import UnknownNameError
 
 GateKind = Literal["input", "output", "skip"]
 Removal = Literal["slice", "delete", "bypass"]
+KnobMeaning = Literal["units", "layers", "states"]
 SwapMoment = Literal["gate", "cut", "empty", "bypass"]
 
 
@@ -47,26 +48,34 @@ class Gate:
     "input" multiplies the input features of one module, `block` features per unit. "output"
     multiplies what a residual branch returns, and "skip" interpolates between a module's residual
     input (0) and its output (1): both have one module per unit. `argument` is the position of the
-    residual input among the module's arguments, `keyword` its name when passed by keyword.
+    residual input among the module's arguments (None: by keyword only), `keyword` its name there.
+    An "input" gate lies along `dim` of the input (1 for convolutions), and the modules in `norms`
+    take their statistics over kept features only.
     """
 
     kind: GateKind
     modules: tuple[str, ...]
     block: int = 1
-    argument: int = 0
+    argument: int | None = 0
     keyword: str = "hidden_states"
+    dim: int = -1
+    norms: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """An integer attribute that must follow a cut: kept units times `per_unit`.
+    """An attribute that must follow a cut: "units" counts the kept ones, `per_unit` each.
 
-    A dotted attribute ("config.num_hidden_layers") sets a private copy of what it goes through.
+    A list with an entry per unit loses those of the removed. "layers" names layers by number;
+    "states" names hidden states, of which state s comes after s layers; both may count from the
+    end. A dotted attribute ("config.num_hidden_layers") sets a private copy of what it goes
+    through.
     """
 
     module: str
     attribute: str
     per_unit: int = 1
+    counts: KnobMeaning = "units"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +107,7 @@ class Axis:
         scopes: module paths, one row per unit, that vanish with the unit ("delete", "bypass");
             for "slice" one row: the modules whose weightless operations grow with the axis.
         swaps: classes to take on; for "bypass" one per unit, in order.
+        least: the fewest units that may stay: 1 where a class cannot compute with none.
     """
 
     name: str
@@ -111,6 +121,7 @@ class Axis:
     knobs: tuple[Knob, ...] = ()
     swaps: tuple[Swap, ...] = ()
     scopes: tuple[tuple[str, ...], ...] = ()
+    least: int = 0
 
     @property
     def path(self) -> str:
@@ -121,7 +132,7 @@ class Axis:
         """The index in its stack of the layer that `unit` belongs to."""
         if self.removal == "slice":
             return self.depth
-        return int(self.gate.modules[unit][len(self.path) + 1 :].partition(".")[0])
+        return int(self.gate.modules[unit].removeprefix(self.path + ".").partition(".")[0])
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,10 +155,11 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """A module that is left whole, and why."""
+    """A module that is left whole, and why; `kind` as of an axis, "" where it concerns all."""
 
     module: str
     reason: str
+    kind: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +200,7 @@ class Anatomy:
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of all tensor shapes: equal for two models of one structure.
+        """A short hash of all parameter shapes: equal for two models of one structure.
 
         A plan carries it, so that a plan is never applied to a model of another structure. It does
         not depend on which axes were selected or on the example inputs.
@@ -198,8 +210,12 @@ class Anatomy:
 
 @functools.lru_cache(maxsize=64)
 def fingerprint_of(model: str, tensors: tuple[TensorShape, ...]) -> str:
-    """Return the fingerprint of a class name and its tensor shapes."""
-    rows = [model, [(t.name, t.shape) for t in sorted(tensors, key=lambda t: t.name)]]
+    """Return the fingerprint of a class name and its parameter shapes.
+
+    Buffers do not count: some models make or grow theirs when they run.
+    """
+    parameters = sorted((t for t in tensors if t.is_parameter), key=lambda t: t.name)
+    rows = [model, [(t.name, t.shape) for t in parameters]]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 

@@ -82,8 +82,8 @@ def dense_cost(anatomy: Anatomy) -> Cost:
 
 
 def least_cost(anatomy: Anatomy) -> Cost:
-    """Return the cost of the model with every unit of every axis removed."""
-    return price(anatomy, {axis.name: () for axis in anatomy.axes})
+    """Return the cost of the model with every unit of every axis removed that may go."""
+    return price(anatomy, {axis.name: tuple(range(axis.least)) for axis in anatomy.axes})
 
 
 BUDGET_KEYS = ("params", "macs", "prunable_params")

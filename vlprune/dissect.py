@@ -1,13 +1,13 @@
-"""From a model to its anatomy: walk the modules, ask every strategy for its axes, count the cost.
+"""From a model to its anatomy: ask every strategy for its axes, count the cost.
 
 The model is read, run on example inputs, and left as it was. Which structures exist is known by
-`strategies/`, which classes hold them by `families/`, which tensors are coupled by `graph.py`.
+`strategies/`, where they lie is found by `discover.py`, what classes cannot do by themselves is
+declared in `families/`.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
 import fnmatch
 import functools
 from collections.abc import Mapping, Sequence
@@ -27,100 +27,83 @@ from vlprune.anatomy import (
 )
 from vlprune.calls import Call, Inputs, calls_of, quiet_eval, run, tensors_of
 from vlprune.cost import countable_kernels
+from vlprune.discovery.discover import Discovery, discover
 from vlprune.errors import TraceError, UnsupportedModelError
-from vlprune.graph import TRACE_LIMIT_S, CoupledGraph
-from vlprune.layout import AttentionLayout, BlockLayout, Family, family_of, is_a
+from vlprune.layout import BlockLayout, Family, family_of, is_a
 from vlprune.registry import FAMILIES, STRATEGIES
 
 TOWERS = ("vision", "text", "fusion", "decoder")
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Stack:
-    """A ModuleList or Sequential of transformer blocks."""
-
-    path: str
-    blocks: tuple[BlockLayout, ...]
+TOWERS_BY_NAME = (  # for models that no family declares
+    *((f"*{word}*", "fusion") for word in ("cross", "fusion", "qformer", "multimodal", "joint")),
+    *((f"*{word}*", "decoder") for word in ("decoder", "captioner")),
+    *((f"*{word}*", "vision") for word in ("vision", "visual", "image", "patch", "pixel")),
+    *((f"*{word}*", "text") for word in ("text", "language", "token", "bert", "caption", "word")),
+)
 
 
 class ModelView:
-    """What a strategy may ask of a model: attentions, stacks, the coupled graph, places.
+    """What a strategy may ask of a model: units, stacks, declared blocks, places, trials.
 
     Attributes:
         model: the model, only to be read.
         refusals: modules that a strategy left whole, with the reason.
     """
 
-    def __init__(self, model: nn.Module, calls: Sequence[Call], limit_s: float = TRACE_LIMIT_S):
+    def __init__(self, model: nn.Module, calls: Sequence[Call]):
         self.model = model
+        self.calls = calls
         self.refusals: list[Refusal] = []
-        self._calls = calls
-        self._limit_s = limit_s
         self._families: list[Family] = list(FAMILIES.values())
-        self._first_names = _first_names(model)
+        self._owners = _owners(model)
 
     @functools.cached_property
-    def graph(self) -> CoupledGraph:
-        """The dependency graph, traced when first asked for."""
-        return CoupledGraph(self.model, self._calls, self._limit_s)
-
-    @functools.cached_property
-    def attentions(self) -> dict[str, AttentionLayout]:
-        """Module path to layout of every declared attention."""
+    def discovery(self) -> Discovery:
+        """Units and stacks, proven region by region, when first asked for."""
         rows = [row for family in self._families for row in family.attentions]
-        return _matches(self.model, rows)
+        found = discover(self.model, self.calls, _matches(self.model, rows), self.blocks)
+        self.refusals += found.refusals
+        return found
 
     @functools.cached_property
-    def stacks(self) -> tuple[Stack, ...]:
-        """Every list of declared transformer blocks."""
-        rows = [row for family in self._families for row in family.blocks]
-        blocks = _matches(self.model, rows)
-        stacks = []
-        for path, module in self.model.named_modules():
-            if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module):
-                items = [blocks.get(f"{path}.{i}") for i in range(len(module))]
-                found = tuple(item for item in items if item is not None)
-                if len(found) == len(module):
-                    stacks.append(Stack(path, found))
-        return tuple(stacks)
+    def blocks(self) -> dict[str, BlockLayout]:
+        """Module path to layout of every declared block."""
+        return _matches(self.model, [row for family in self._families for row in family.blocks])
 
     def tower(self, path: str) -> str:
         """The tower that a module path lies in, by the family of the model's class."""
         declared = [f.towers for f in self._families if any(is_a(self.model, c) for c in f.models)]
-        for pattern, tower in declared[0] if declared else ():
+        for pattern, tower in (*(declared[0] if declared else ()), *TOWERS_BY_NAME):
             if fnmatch.fnmatchcase(path, pattern):
                 return tower
         return "vision"
 
     def depth(self, path: str) -> int:
         """The index of the block that a module path lies in, 0 outside of any stack."""
-        for stack in self.stacks:
+        for stack in self.discovery.stacks:
             if under(path, stack.path) and path != stack.path:
-                return int(path[len(stack.path) + 1 :].partition(".")[0])
+                return int(path.removeprefix(stack.path + ".").partition(".")[0])
         return 0
 
-    def tensor_name(self, name: str) -> str | None:
-        """The first name of the tensor called `name`, None where it is absent (None)."""
+    def tensor_names(self, name: str) -> tuple[str, ...]:
+        """All names of the tensor called `name`, the first one first; tied ones have several."""
         tensor: Any = self.model
         for step in name.split("."):
             tensor = getattr(tensor, step, None)
-        return self._first_names.get(id(tensor)) if isinstance(tensor, Tensor) else None
+        return self._owners.get(id(tensor), ())
 
-    def refuse(self, module: str, reason: str) -> None:
+    def refuse(self, module: str, reason: str, kind: str = "") -> None:
         """Note that `module` is left whole because of `reason`."""
-        self.refusals.append(Refusal(module=module, reason=reason))
+        self.refusals.append(Refusal(module=module, reason=reason, kind=kind))
 
 
-def dissect(
-    model: nn.Module, example_inputs: Inputs | None = None, *, limit_s: float = TRACE_LIMIT_S
-) -> Anatomy:
+def dissect(model: nn.Module, example_inputs: Inputs | None = None) -> Anatomy:
     """Return all that can be removed from `model`.
 
     Args:
         model: any module; it is run in eval mode and left as it was. Meta and fake tensors work.
         example_inputs: a tuple of positional or dict of keyword arguments; a list of such for a
             model with several forwards. Default: made by the family of the model's class.
-        limit_s: seconds that the dependency graph may take.
 
     Returns:
         The anatomy. Modules that are left whole are its `refusals`, each with a reason.
@@ -130,12 +113,12 @@ def dissect(
         TraceError: if the model cannot be traced on the example inputs.
     """
     calls = calls_of(default_inputs(model) if example_inputs is None else example_inputs)
-    view = ModelView(model, calls, limit_s)
+    view = ModelView(model, calls)
     axes = [axis for strategy in STRATEGIES.values() for axis in strategy(view)]
     if not axes:
         raise UnsupportedModelError(
-            f"{type(model).__name__} must hold an attention or a block that a family declares "
-            f"({', '.join(FAMILIES)}); found none. Add one as CONTRIBUTING.md shows."
+            f"{type(model).__name__} must hold an attention, a feed-forward network or a stack of "
+            "blocks that can be cut; found none."
             + "".join(f"\n  {r.module}: {r.reason}" for r in view.refusals)
         )
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
@@ -173,9 +156,16 @@ def _matches(model: nn.Module, rows: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
-def _first_names(model: nn.Module) -> dict[int, str]:
-    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    return {id(tensor): name for name, tensor in named}
+def _owners(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Tensor identity to all its names."""
+    names: dict[int, list[str]] = collections.defaultdict(list)
+    named: list[tuple[str, Tensor]] = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in named:
+        names[id(tensor)].append(name)
+    return {key: tuple(found) for key, found in names.items()}
 
 
 def tensor_shapes(model: nn.Module) -> tuple[TensorShape, ...]:

@@ -121,11 +121,15 @@ class Gates:
         if axis.gate.kind == "input":
             consumer = self.model.get_submodule(axis.gate.modules[0])
             self._handles.append(consumer.register_forward_pre_hook(self._input_hook(axis)))
+            for path in axis.gate.norms:
+                self._attach_norm(axis, self.model.get_submodule(path))
             return
         for unit, path in enumerate(axis.gate.modules):
             module = self.model.get_submodule(path)
             hook = self._branch_hook(axis, unit)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            # first of all hooks: those that record what a layer answers must see it gated
+            handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+            self._handles.append(handle)
 
     def _swap(self, module: nn.Module, cls: type) -> None:
         if not isinstance(module, cls):
@@ -139,12 +143,50 @@ class Gates:
                 self._tap(axis, None, x, None)
             if self._is_open(axis):
                 return args
-            gate = self._gate(axis, None, x).repeat_interleave(axis.gate.block, dim=-1)
-            if gate.dim() == 2:  # one row an example: [B, F] -> [B, 1, ..., F]
-                gate = gate.reshape(gate.shape[0], *[1] * (x.dim() - 2), gate.shape[1])
-            return (x * gate, *args[1:])
+            return (x * self._feature_gate(axis, x, axis.gate.block), *args[1:])
 
         return multiply
+
+    def _feature_gate(self, axis: Axis, x: Tensor, block: int) -> Tensor:
+        """The gate of every feature of `x`, shaped to broadcast."""
+        gate = self._gate(axis, None, x).repeat_interleave(block, dim=-1)
+        dim = axis.gate.dim % x.dim()
+        shape = [1] * x.dim()
+        shape[dim] = gate.shape[-1]
+        if gate.dim() == 2:  # one row an example
+            shape[0] = gate.shape[0]
+        return gate.reshape(shape)
+
+    def _attach_norm(self, axis: Axis, norm: nn.Module) -> None:
+        """Let `norm` take its statistics over kept features.
+
+        Over N features of which K stay: input scaled by sqrt(N / K) where it stays, 0 elsewhere,
+        has their statistics; the answer is scaled back. A norm that subtracts the mean gets centred
+        input. So no formula of the norm's own is needed, its epsilon included.
+        """
+        scale: list[Tensor] = []
+
+        def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            scale.clear()
+            x = args[0]
+            if self._is_open(axis) or x.shape[-1] % axis.units:
+                return args
+            gate = self._feature_gate(axis, x, x.shape[-1] // axis.units)
+            kept = gate.sum(-1, keepdim=True).clamp_min(1)
+            if subtracts_mean:
+                x = x - (x * gate).sum(-1, keepdim=True) / kept
+            scale.append((kept / x.shape[-1]).sqrt())
+            return (x * gate / scale[0], *args[1:])
+
+        def restore(module: Any, args: Any, output: Tensor) -> Tensor:
+            if not scale:
+                return output
+            bias = getattr(module, "bias", None)
+            return output * scale[0] if bias is None else (output - bias) * scale[0] + bias
+
+        subtracts_mean = _subtracts_mean(norm)
+        self._handles.append(norm.register_forward_pre_hook(narrow))
+        self._handles.append(norm.register_forward_hook(restore))
 
     def _branch_hook(self, axis: Axis, unit: int) -> Callable[..., Any]:
         def interpolate(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -184,8 +226,19 @@ class Gates:
         return value.to(device=x.device, dtype=x.dtype)
 
 
+def _subtracts_mean(norm: nn.Module) -> bool:
+    """Say whether a constant added to all features makes no difference to `norm`."""
+    if isinstance(norm, nn.LayerNorm):
+        return True
+    weight: Any = norm.weight
+    x = torch.linspace(-1, 1, weight.numel(), device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        moved = (norm(x + 3) - norm(x)).abs().max()
+    return bool(moved < 1e-3)
+
+
 def _residual(axis: Axis, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    if len(args) > axis.gate.argument:
+    if axis.gate.argument is not None and len(args) > axis.gate.argument:
         found = args[axis.gate.argument]
     else:
         found = kwargs.get(axis.gate.keyword, next(iter(kwargs.values())))

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlprune.calls import Call, Inputs, calls_of, cast, clone, quiet_eval, run, tensors_of
+from vlprune.calls import Call, Inputs, calls_of, cast, quiet_eval, run, tensors_of
+from vlprune.copies import exact_clone
 from vlprune.errors import LawError
 from vlprune.gates import Gates
 from vlprune.plan import Plan
@@ -37,7 +38,7 @@ def check_masked_equals_cut(
         LawError: if it is above `tolerance`, or the outputs differ in number or shape.
     """
     calls = [cast(call, torch.float64) for call in calls_of(example_inputs)]
-    masked64, cut64 = clone(dense).double(), clone(cut).double()
+    masked64, cut64 = exact_clone(dense), exact_clone(cut)
     with (
         quiet_eval(masked64),
         quiet_eval(cut64),
@@ -74,6 +75,22 @@ def relative_error(expected: Tensor, got: Tensor) -> float:
         return 0.0
     difference = float((got - expected).abs().max())
     return difference / max(float(expected.abs().max()), torch.finfo(expected.dtype).tiny)
+
+
+def relative_error_of_outputs(expected: Any, got: Any) -> float:
+    """Return the largest relative error between two answers of a module.
+
+    Attention weights [batch, heads, ...] after the first tensor may have fewer heads.
+    """
+    pairs = list(zip(tensors_of(expected), tensors_of(got), strict=False))
+    if len(list(tensors_of(expected))) != len(list(tensors_of(got))):
+        return float("inf")
+    errors = [
+        relative_error(a, b)
+        for i, (a, b) in enumerate(pairs)
+        if i == 0 or a.shape == b.shape or a.dim() != 4
+    ]
+    return max((float("inf") if e != e else e for e in errors), default=float("inf"))
 
 
 def _outputs(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
@@ -124,11 +141,12 @@ def _names_after(model: nn.Module, plan: Plan) -> dict[str, str | None]:
     for row in plan.rows:
         if row.axis.removal == "delete":
             inside = row.axis.path + "."
+            gone = {row.axis.layer(unit) for unit in row.removed}
             for path in [path for path in names if path.startswith(inside)]:
                 index, dot, rest = path.removeprefix(inside).partition(".")
-                unit = int(index)
-                kept = unit in row.keep
-                names[path] = f"{inside}{row.keep.index(unit)}{dot}{rest}" if kept else None
+                place = int(index)
+                now = place - sum(layer < place for layer in gone)
+                names[path] = None if place in gone else f"{inside}{now}{dot}{rest}"
     return names
 
 

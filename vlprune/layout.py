@@ -21,32 +21,25 @@ from vlprune.errors import UnsupportedModelError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionLayout:
-    """Where the heads of an attention class lie.
+    """Classes that an attention class takes on, where its own forward cannot hold fewer heads.
+
+    Where the heads lie is read off gradients (`probe.py`), and what must follow is found by trial
+    (`fit.py`); a row is needed only where neither suffices.
 
     Attributes:
         cls: import path of the class, "package.module.Class".
-        heads, head_dim: attributes that hold the number of heads and the features per head.
-        rows: (tensor, parts): tensors whose dim 0 is `parts` times [heads, head_dim]; absent
-            (None) tensors are skipped.
-        out: the output projection that consumes the heads, relative to the attention; "../x" is a
-            sibling.
-        knobs: (attribute, per head): what follows the head count; "head_dim" as the count of
-            features per head.
         gate, cut, empty: importable classes "package.module:Class" to take on while gated, when
             heads were removed, when none is left; "" where the class itself can do it.
+        lists: attributes of `cut` with an entry per head, which lose those of removed heads.
         refuse: (attribute, reason): the attention is left whole where this is a module or a value
             other than None, False or `nn.Identity`.
     """
 
     cls: str
-    heads: str
-    head_dim: str
-    rows: tuple[tuple[str, int], ...]
-    out: str
-    knobs: tuple[tuple[str, int | str], ...] = ()
     gate: str = ""
     cut: str = ""
     empty: str = ""
+    lists: tuple[str, ...] = ()
     refuse: tuple[tuple[str, str], ...] = ()
 
 
@@ -72,20 +65,18 @@ class HalfLayout:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BlockLayout:
-    """A transformer block class: its halves, and what must follow when blocks go.
+    """A transformer block class and its halves.
 
     Attributes:
         cls: import path of the class.
         halves: its residual halves.
         bypass: importable class to take on when a half is removed (its scopes become None).
-        depth_knobs: attributes of the module that owns the stack, equal to the number of blocks.
         owner_empty: importable class that the owner takes on when no block is left.
     """
 
     cls: str
     halves: tuple[HalfLayout, ...]
     bypass: str
-    depth_knobs: tuple[str, ...] = ()
     owner_empty: str = ""
 
 
@@ -94,7 +85,7 @@ class Family:
     """A model library or family: its rows, towers, example inputs, and how to build it again.
 
     Attributes:
-        models: import paths of the model classes that it can feed and build.
+        models: import paths of the model classes that it can feed and build; see `is_a`.
         towers: (path pattern as in `fnmatch`, tower), the first that matches wins.
         example_inputs: model and batch size to inputs, for models used without data.
         describe: model to the JSON arguments of `build`, or None where they cannot be told.
@@ -113,8 +104,14 @@ class Family:
 
 
 def is_a(module: nn.Module, cls: str) -> bool:
-    """Say whether `module` is of the class with this import path, or of a subclass."""
-    return any(f"{c.__module__}.{c.__qualname__}" == cls for c in type(module).__mro__)
+    """Say whether `module` is of the class with this import path, or of a subclass.
+
+    "package.models.*" stands for all classes of a package.
+    """
+    names = [f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__]
+    if cls.endswith(".*"):
+        return any(name.startswith(cls[:-1]) for name in names)
+    return cls in names
 
 
 def resolve(name: str) -> Any:

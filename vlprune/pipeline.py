@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from vlprune.anatomy import Anatomy
-from vlprune.calls import Inputs, clone, map_tensors, quiet_eval
+from vlprune.calls import Inputs, map_tensors, quiet_eval
 from vlprune.contracts import Task
+from vlprune.copies import clone
 from vlprune.cost import absolute_budget, dense_cost, price
+from vlprune.cutting import cut_
 from vlprune.dissect import default_inputs, dissect, fingerprint_of_model
 from vlprune.errors import UnknownNameError, UnsupportedModelError
 from vlprune.gates import Gates
@@ -29,7 +31,6 @@ from vlprune.pruner import (
     Record,
     attach_record,
     check_fits,
-    cut_,
     record_of,
     source_of,
 )
@@ -292,6 +293,6 @@ def verify(dense: nn.Module, small: nn.Module, example_inputs: Inputs | None = N
     before_last = clone(dense)
     for earlier in plans[since[0] if since else 0 : -1]:
         check_fits(earlier, before_last)
-        cut_(before_last, earlier)
+        cut_(before_last, earlier.rows)
     check_fits(plans[-1], before_last)
     return check_masked_equals_cut(before_last, small, plans[-1], inputs)

@@ -230,8 +230,10 @@ def _keep_fault(axis: Axis | None, name: str, units: tuple[int, ...]) -> str:
     if axis is None:
         return f"axis {name!r}: must be in the anatomy; it is not"
     valid = len(set(units)) == len(units) and all(0 <= u < axis.units for u in units)
-    if valid:
+    if valid and len(units) >= axis.least:
         return ""
+    if valid:
+        return f"axis {name!r}: at least {axis.least} of its {axis.units} units must stay, got none"
     shown = str(tuple(units)) if len(units) <= 8 else f"{len(units)} units"
     return f"axis {name!r}: keep must hold distinct units in [0, {axis.units}), got {shown}"
 

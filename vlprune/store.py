@@ -21,11 +21,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from vlprune.calls import calls_of, cast, clone, quiet_eval, run, tensors_of
+from vlprune.calls import calls_of, cast, quiet_eval, run, tensors_of
+from vlprune.copies import clone
+from vlprune.cutting import cut_
 from vlprune.dissect import default_inputs
 from vlprune.errors import CheckpointError, PlanError, UnsupportedModelError
 from vlprune.plan import Plan, Scores, versions
-from vlprune.pruner import Record, attach_record, check_fits, cut_, record_of, source_of
+from vlprune.pruner import Record, attach_record, check_fits, record_of, source_of
 from vlprune.registry import FAMILIES
 
 FORMAT = 1
@@ -92,7 +94,7 @@ def from_pretrained(
     try:
         for plan in plans:
             check_fits(plan, model)
-            cut_(model, plan)
+            cut_(model, plan.rows)
     except PlanError as error:
         raise CheckpointError(f"{folder / _PLAN} must fit the model it names; {error}") from error
     _load_weights(model, folder / _WEIGHTS, config["ties"])

@@ -18,7 +18,8 @@ def removable(scores: Scores, min_units: int) -> set[Unit]:
     units: set[Unit] = set()
     for axis in scores.anatomy.axes:
         ascending = ranked(scores, axis.name)
-        units.update((axis.name, unit) for unit in ascending[: max(axis.units - min_units, 0)])
+        free = max(axis.units - max(min_units, axis.least), 0)
+        units.update((axis.name, unit) for unit in ascending[:free])
     return units
 
 

@@ -61,12 +61,12 @@ class HeadlessBlipTextSelfAttention(BlipTextSelfAttention):  # type: ignore[misc
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """[B, T, D] -> [B, T, 0], no weights."""
         if encoder_hidden_states is None:
-            _hold_place(past_key_values, hidden_states, self.layer_idx)
+            _hold_place(cache, hidden_states, self.layer_idx)
         return hidden_states[..., :0], None
 
 
@@ -79,22 +79,22 @@ class PartialBlipTextLayer(BlipTextLayer):  # type: ignore[misc]  # an untyped l
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         if self.attention is not None:
             hidden_states, _ = self.attention(
-                hidden_states, attention_mask=attention_mask, past_key_values=past_key_values
+                hidden_states, attention_mask=attention_mask, cache=cache
             )
         else:
-            _hold_place(past_key_values, hidden_states, self.layer_num)
+            _hold_place(cache, hidden_states, self.layer_num)
         if encoder_hidden_states is not None and self.crossattention is not None:
             hidden_states, _ = self.crossattention(
                 hidden_states,
                 attention_mask=encoder_attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
-                past_key_values=past_key_values,
+                cache=cache,
             )
         if self.output is None:
             return hidden_states

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from open_clip.modified_resnet import AttentionPool2d
 from open_clip.transformer import ResidualAttentionBlock, Transformer
 from torch import Tensor, nn
 
@@ -57,3 +59,19 @@ class EmptyTransformer(Transformer):  # type: ignore[misc]  # an untyped library
         """The dtype of the weights that were here."""
         dtype: torch.dtype = self.weight_dtype.dtype
         return dtype
+
+
+class ExplicitAttentionPool2d(AttentionPool2d):  # type: ignore[misc]  # an untyped library
+    """The pool of CLIP's ResNets, written out: any number of heads but none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D, height, width] -> [B, output]."""
+        x = x.flatten(2).transpose(1, 2)  # [B, T, D]
+        x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positional_embedding
+        query, key, value = (
+            project(part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, T, E]
+            for project, part in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x))
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        pooled: Tensor = self.c_proj(mixed.transpose(1, 2).flatten(2)[:, 0])
+        return pooled

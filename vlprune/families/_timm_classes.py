@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from timm.layers.attention import Attention
+from timm.models.cait import TalkingHeadAttn
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
@@ -28,3 +29,22 @@ class PartialBlock(Block):  # type: ignore[misc]  # an untyped library
         if self.mlp is not None:
             x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
+
+
+class CutTalkingHeadAttn(TalkingHeadAttn):  # type: ignore[misc]  # an untyped library
+    """Talking heads that lost some: queries and keys of all heads stay, for they feed every one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]; the qkv rows are H queries, H keys and the kept values."""
+        width = round(self.scale**-2)  # E
+        heads, kept = self.proj_l.in_features, self.proj_w.out_features
+        parts = self.qkv(x).split([heads * width, heads * width, kept * width], -1)
+        query, key, value = (
+            part.unflatten(-1, (-1, width)).transpose(1, 2) for part in parts
+        )  # [B, H, T, E]
+        scores = (query * self.scale) @ key.transpose(-2, -1)
+        weights = self.proj_l(scores.permute(0, 2, 3, 1)).softmax(-2)  # [B, T, S, H]
+        weights = self.attn_drop(self.proj_w(weights).permute(0, 3, 1, 2))
+        out = (weights @ value).transpose(1, 2).flatten(2)  # [B, T, kept * E]
+        mixed: Tensor = self.proj_drop(self.proj(out))
+        return mixed

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlprune.layout import HalfLayout
+from vlprune.layout import HalfLayout, resolve
 
 PRE_NORM_HALVES = (
     HalfLayout(
@@ -21,18 +22,27 @@ PRE_NORM_HALVES = (
 )
 
 
-def linear_rows(*projections: str) -> tuple[tuple[str, int], ...]:
-    """Return the rows of an attention whose query, key and value are linear layers of their own."""
-    return tuple((f"{name}.{tensor}", 1) for name in projections for tensor in ("weight", "bias"))
-
-
 def describe(model: Any) -> dict[str, Any] | None:
     """Return class name and config, from which `build` makes the model again."""
-    return {
-        "class": type(model).__name__,
-        "config": model.config.to_dict(),
+    transformers = importlib.import_module("transformers")  # lazy: spares transformers
+    cls = type(model)
+    known = getattr(transformers, cls.__name__, None) is cls
+    described = {
+        "class": cls.__name__ if known else f"{cls.__module__}:{cls.__qualname__}",
+        "config": plain(model.config.to_dict()),
         "attention": model.config._attn_implementation,
     }
+    experts = getattr(model.config, "_experts_implementation", None)
+    return described | ({"experts": experts} if experts else {})
+
+
+def plain(value: Any) -> Any:
+    """Return a config's dict with JSON values only; sets become lists."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def build(arguments: dict[str, Any]) -> nn.Module:
@@ -42,14 +52,18 @@ def build(arguments: dict[str, Any]) -> nn.Module:
         LookupError: if transformers has no class of that name.
     """
     transformers = importlib.import_module("transformers")  # lazy: spares transformers
-    cls = getattr(transformers, arguments["class"], None)
+    name = arguments["class"]
+    cls = resolve(name) if ":" in name else getattr(transformers, name, None)
     if cls is None or not hasattr(cls, "config_class"):
         raise LookupError(
             f"class must be a model of transformers {transformers.__version__}; "
             f"got {arguments['class']!r}."
         )
-    config = cls.config_class.from_dict(arguments["config"])
-    model: nn.Module = cls._from_config(config, attn_implementation=arguments["attention"])
+    config = cls.config_class.from_dict(copy.deepcopy(arguments["config"]))  # it changes its input
+    options = {"attn_implementation": arguments["attention"]}
+    if "experts" in arguments:
+        options["experts_implementation"] = arguments["experts"]
+    model: nn.Module = cls._from_config(config, **options)
     return model.eval()
 
 

@@ -64,21 +64,11 @@ FAMILIES.register("hf_blip")(
         attentions=(
             AttentionLayout(
                 cls=f"{_MODELING}.BlipAttention",
-                heads="num_heads",
-                head_dim="head_dim",
-                rows=(("qkv.weight", 3), ("qkv.bias", 3)),
-                out="projection",
-                knobs=(("num_heads", 1),),
                 cut=f"{_CLASSES}:CutBlipAttention",
                 empty=f"{_CLASSES}:HeadlessBlipAttention",
             ),
             AttentionLayout(
                 cls=f"{_TEXT}.BlipTextSelfAttention",
-                heads="num_attention_heads",
-                head_dim="attention_head_size",
-                rows=_transformers.linear_rows("query", "key", "value"),
-                out="../output.dense",
-                knobs=(("num_attention_heads", 1), ("all_head_size", "head_dim")),
                 empty=f"{_CLASSES}:HeadlessBlipTextSelfAttention",
             ),
         ),
@@ -87,7 +77,6 @@ FAMILIES.register("hf_blip")(
                 cls=f"{_MODELING}.BlipEncoderLayer",
                 halves=_transformers.PRE_NORM_HALVES,
                 bypass=f"{_CLASSES}:PartialBlipEncoderLayer",
-                depth_knobs=("config.num_hidden_layers",),
             ),
             BlockLayout(
                 cls=f"{_TEXT}.BlipTextLayer",
@@ -111,7 +100,6 @@ FAMILIES.register("hf_blip")(
                     ),
                 ),
                 bypass=f"{_CLASSES}:PartialBlipTextLayer",
-                depth_knobs=("config.num_hidden_layers",),
             ),
         ),
     )

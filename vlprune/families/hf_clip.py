@@ -34,11 +34,6 @@ FAMILIES.register("hf_clip")(
         attentions=(
             AttentionLayout(
                 cls="transformers.models.clip.modeling_clip.CLIPAttention",
-                heads="num_heads",
-                head_dim="head_dim",
-                rows=_transformers.linear_rows("q_proj", "k_proj", "v_proj"),
-                out="out_proj",
-                knobs=(("num_heads", 1),),
                 empty="vlprune.families._hf_clip_classes:HeadlessCLIPAttention",
             ),
         ),
@@ -47,7 +42,6 @@ FAMILIES.register("hf_clip")(
                 cls="transformers.models.clip.modeling_clip.CLIPEncoderLayer",
                 halves=_transformers.PRE_NORM_HALVES,
                 bypass="vlprune.families._hf_clip_classes:PartialCLIPEncoderLayer",
-                depth_knobs=("config.num_hidden_layers",),
             ),
         ),
     )

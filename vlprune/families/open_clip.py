@@ -5,12 +5,18 @@ The attention itself is declared in `pytorch.py`.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlprune.layout import BlockLayout, Family, HalfLayout
+from vlprune.layout import AttentionLayout, BlockLayout, Family, HalfLayout
 from vlprune.registry import FAMILIES
 
 
@@ -20,12 +26,22 @@ def example_inputs(model: Any, batch: int) -> tuple[Tensor, Tensor]:
     size = model.visual.image_size
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     image = torch.randn(batch, 3, height, width, generator=generator)
-    text = torch.randint(1, model.vocab_size, (batch, model.context_length), generator=generator)
+    tower = getattr(model, "text", model)
+    vocabulary = getattr(model, "vocab_size", None) or tower.vocab_size
+    context = getattr(model, "context_length", 0) or tower.context_length or 16
+    if hasattr(tower, "config"):  # of transformers: some of its positions are for padding
+        context = min(context, 16)
+    text = torch.randint(3, vocabulary, (batch, context), generator=generator)
+    eos = getattr(tower, "eos_id", None)
+    if isinstance(eos, int) and eos < vocabulary:
+        text[:, -1] = eos  # where a text ends, some towers pool
     return image, text
 
 
 def describe(model: Any) -> dict[str, Any] | None:
     """Return the arguments of `open_clip.CLIP` for a plain ViT tower and text transformer."""
+    if type(model).__name__ != "CLIP":
+        return None
     visual, text = model.visual, model.transformer
     plain = type(visual).__name__ == "VisionTransformer" and type(text).__name__ == "Transformer"
     if not plain or not len(text.resblocks) or not len(visual.transformer.resblocks):
@@ -81,11 +97,52 @@ def _layer_scale(block: Any) -> float | None:
 
 
 def build(arguments: dict[str, Any]) -> nn.Module:
-    """Return `open_clip.CLIP(**arguments)` with random weights, in eval mode."""
-    from open_clip.model import CLIP  # lazy: spares open_clip where no such model is used
+    """Return an open_clip model with random weights, in eval mode.
 
-    model: nn.Module = CLIP(**arguments)
+    Args:
+        arguments: of `open_clip.CLIP`, or of the class that "class" names (CustomTextCLIP, CoCa).
+            "timm_arguments" are passed to `timm.create_model` of a timm tower, "hf_config" is the
+            config of a transformers text tower, so that it needs no download.
+    """
+    import open_clip.coca_model  # lazy: spares open_clip where no such model is used
+
+    rest = {k: v for k, v in arguments.items() if k not in ("class", "timm_arguments", "hf_config")}
+    name = arguments.get("class", "CLIP")
+    cls = open_clip.coca_model.CoCa if name == "CoCa" else getattr(open_clip.model, name)
+    with (
+        _timm_arguments(arguments.get("timm_arguments", {})),
+        _local_config(arguments.get("hf_config")) as folder,
+    ):
+        if folder is not None:
+            rest["text_cfg"] = {**rest["text_cfg"], "hf_model_name": folder}
+        model: nn.Module = cls(**rest)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _timm_arguments(arguments: dict[str, Any]) -> Iterator[None]:
+    """Pass more arguments to timm's `create_model` than open_clip's adapter does."""
+    import open_clip.timm_model  # lazy: spares open_clip where no such model is used
+
+    timm = open_clip.timm_model.timm
+    plain = timm.create_model
+    if arguments:
+        timm.create_model = functools.partial(plain, **arguments)
+    try:
+        yield
+    finally:
+        timm.create_model = plain
+
+
+@contextlib.contextmanager
+def _local_config(config: dict[str, Any] | None) -> Iterator[str | None]:
+    """A folder with this transformers config, for a text tower that is named by a folder."""
+    if config is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config))
+        yield folder
 
 
 def create(name: str, pretrained: str | bool = False, **arguments: Any) -> nn.Module:
@@ -99,12 +156,23 @@ def create(name: str, pretrained: str | bool = False, **arguments: Any) -> nn.Mo
 
 FAMILIES.register("open_clip")(
     Family(
-        models=("open_clip.model.CLIP",),
-        towers=(("visual*", "vision"), ("*", "text")),
+        models=(
+            "open_clip.model.CLIP",
+            "open_clip.model.CustomTextCLIP",
+            "open_clip.coca_model.CoCa",
+        ),
+        towers=(("visual*", "vision"), ("text_decoder*", "decoder"), ("*", "text")),
         example_inputs=example_inputs,
         describe=describe,
         build=build,
         create=create,
+        attentions=(
+            AttentionLayout(
+                cls="open_clip.modified_resnet.AttentionPool2d",
+                gate="vlprune.families._open_clip_classes:ExplicitAttentionPool2d",
+                cut="vlprune.families._open_clip_classes:ExplicitAttentionPool2d",
+            ),
+        ),
         blocks=(
             BlockLayout(
                 cls="open_clip.transformer.ResidualAttentionBlock",

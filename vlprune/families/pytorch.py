@@ -19,12 +19,17 @@ class ExplicitMultiheadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` written out: any number of heads, none included.
 
     Takes the place of the class of an existing instance. With no head left it returns the output
-    bias. `add_zero_attn` and per-head 3-D masks are not supported and raise ValueError.
+    bias. A mask [batch * heads, target, source] may still have the heads that it was made for.
+    `add_zero_attn` is not supported.
     """
+
+    kept_heads: tuple[int, ...]
 
     def after_swap(self) -> None:
         """Keep `nn.TransformerEncoderLayer` off its fused path, which assumes the full width."""
         self._qkv_same_embed_dim = False
+        if "kept_heads" not in vars(self):
+            self.kept_heads = tuple(range(self.num_heads))
 
     def forward(
         self,
@@ -98,12 +103,11 @@ class ExplicitMultiheadAttention(nn.MultiheadAttention):
         self, q: Tensor, k: Tensor, attn_mask: Tensor | None, padding: Tensor | None
     ) -> Tensor | None:
         """One additive mask that broadcasts to [B, H, T, S]."""
-        if attn_mask is not None and attn_mask.dim() != 2:
-            raise ValueError(
-                "attn_mask must be [target, source] once heads are gated or cut; got "
-                f"{tuple(attn_mask.shape)}. Per-head masks are not supported."
-            )
         masks = [] if attn_mask is None else [_additive(attn_mask, q.dtype)]
+        if attn_mask is not None and attn_mask.dim() == 3:  # [B * H, T, S] -> [B, H, T, S]
+            masks = [masks[0].reshape(q.shape[0], -1, *masks[0].shape[1:])]
+            if masks[0].shape[1] != self.num_heads:
+                masks = [masks[0][:, list(self.kept_heads)]]
         if padding is not None:
             masks.append(_additive(padding, q.dtype)[:, None, None, :])
         return sum(masks[1:], start=masks[0]) if masks else None
@@ -122,20 +126,10 @@ FAMILIES.register("pytorch")(
         attentions=(
             AttentionLayout(
                 cls="torch.nn.modules.activation.MultiheadAttention",
-                heads="num_heads",
-                head_dim="head_dim",
-                rows=(
-                    ("in_proj_weight", 3),
-                    ("in_proj_bias", 3),
-                    ("q_proj_weight", 1),
-                    ("k_proj_weight", 1),
-                    ("v_proj_weight", 1),
-                ),
-                out="out_proj",
-                knobs=(("num_heads", 1),),
                 gate=_EXPLICIT,
                 cut=_EXPLICIT,
                 empty=_EXPLICIT,
+                lists=("kept_heads",),
                 refuse=(
                     ("bias_k", "a learned key token spans all heads"),
                     ("bias_v", "a learned value token spans all heads"),

@@ -1,8 +1,4 @@
-"""timm vision transformers (ViT, DeiT): `Attention` with a fused qkv, pre-norm `Block`.
-
-timm's `Attention` computes with fewer heads once `num_heads` and `attn_dim` follow; only an
-attention without any head takes on a class of ours.
-"""
+"""timm: any of its models; pre-norm `Block` and what it takes on when a half is removed."""
 
 from __future__ import annotations
 
@@ -16,17 +12,29 @@ from vlprune.registry import FAMILIES
 
 
 def example_inputs(model: Any, batch: int) -> tuple[Tensor]:
-    """Return noise images [batch, channels, height, width] of the size that the model takes."""
-    size, channels = model.patch_embed.img_size, model.patch_embed.proj.in_channels
-    return (torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(0)),)
+    """Return noise images [batch, channels, height, width] of the size that the model takes.
+
+    A model that takes any size gets what it was made for, 256 at most.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    channels, *default = config.get("input_size") or (3, 224, 224)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is None:
+        fixed = config.get("fixed_input_size", False)
+        size = default if fixed else [min(side, 256) for side in default]
+    height, width = list(size) if isinstance(size, (list, tuple)) else [size, size]
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(batch, channels, height, width, generator=generator),)
 
 
 def describe(model: Any) -> dict[str, Any] | None:
     """Return architecture name and sizes, where timm wrote the name into the model."""
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    if name is None or not len(model.blocks):
+    blocks: Any = getattr(model, "blocks", ())
+    plain = type(model).__name__ == "VisionTransformer" and len(blocks) > 0
+    if name is None or not plain or not hasattr(blocks[0].mlp, "fc1"):
         return None
-    block = model.blocks[0]
+    block = blocks[0]
     return {
         "name": name,
         "arguments": {
@@ -49,13 +57,17 @@ def create(name: str, pretrained: str | bool = False, **arguments: Any) -> nn.Mo
     """Return `timm.create_model(name, ...)` in eval mode."""
     import timm  # lazy: spares timm where no timm model is used
 
+    size = arguments.get("img_size")
+    if size is not None and "pretrained_cfg_overlay" not in arguments:
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        arguments["pretrained_cfg_overlay"] = {"input_size": (3, height, width)}
     model: nn.Module = timm.create_model(name, pretrained=bool(pretrained), **arguments)
     return model.eval()
 
 
 FAMILIES.register("timm")(
     Family(
-        models=("timm.models.vision_transformer.VisionTransformer",),
+        models=("timm.models.*",),
         towers=(("*", "vision"),),
         example_inputs=example_inputs,
         describe=describe,
@@ -64,13 +76,11 @@ FAMILIES.register("timm")(
         attentions=(
             AttentionLayout(
                 cls="timm.layers.attention.Attention",
-                heads="num_heads",
-                head_dim="head_dim",
-                rows=(("qkv.weight", 3), ("qkv.bias", 3), ("gate.weight", 1), ("gate.bias", 1)),
-                out="proj",
-                knobs=(("num_heads", 1), ("attn_dim", "head_dim")),
                 empty="vlprune.families._timm_classes:HeadlessAttention",
-                refuse=(("norm", "a norm over all heads would change its statistics"),),
+            ),
+            AttentionLayout(
+                cls="timm.models.cait.TalkingHeadAttn",
+                cut="vlprune.families._timm_classes:CutTalkingHeadAttn",
             ),
         ),
         blocks=(

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vlprune.anatomy import Axis, Gate, Swap
-from vlprune.dissect import ModelView, Stack
+from vlprune.discovery.discover import Stack
+from vlprune.dissect import ModelView
 from vlprune.layout import HalfLayout, relative
 from vlprune.registry import STRATEGIES
 
@@ -16,15 +17,16 @@ from vlprune.registry import STRATEGIES
 @STRATEGIES.register("sublayer")
 def sublayers(view: ModelView) -> Iterator[Axis]:
     """Yield one axis per stack and kind of half; its units are the blocks that have that half."""
-    for stack in view.stacks:
-        for half in stack.blocks[0].halves:
+    for stack in view.discovery.stacks:
+        declared = view.blocks.get(f"{stack.path}.{stack.indices[0]}")
+        for half in declared.halves if declared is not None else ():
             blocks = tuple(
                 f"{stack.path}.{index}"
-                for index in range(len(stack.blocks))
+                for index in stack.indices
                 if _is_present(view, f"{stack.path}.{index}.{half.scopes[0]}")
             )
-            if blocks:
-                yield _axis(view, stack, half, blocks)
+            if blocks and declared is not None:
+                yield _axis(view, stack, half, blocks, declared.bypass)
 
 
 def _is_present(view: ModelView, path: str) -> bool:
@@ -32,7 +34,9 @@ def _is_present(view: ModelView, path: str) -> bool:
     return getattr(view.model.get_submodule(owner), name, None) is not None
 
 
-def _axis(view: ModelView, stack: Stack, half: HalfLayout, blocks: tuple[str, ...]) -> Axis:
+def _axis(
+    view: ModelView, stack: Stack, half: HalfLayout, blocks: tuple[str, ...], bypass: str
+) -> Axis:
     modules = tuple(relative(block, half.module) for block in blocks)
     return Axis(
         name=f"{stack.path}:sublayer.{half.name}",
@@ -42,8 +46,6 @@ def _axis(view: ModelView, stack: Stack, half: HalfLayout, blocks: tuple[str, ..
         units=len(blocks),
         removal="bypass",
         gate=Gate(kind=half.gate, modules=modules, argument=half.argument, keyword=half.keyword),
-        swaps=tuple(
-            Swap(module=block, to=stack.blocks[0].bypass, when="bypass") for block in blocks
-        ),
+        swaps=tuple(Swap(module=block, to=bypass, when="bypass") for block in blocks),
         scopes=tuple(tuple(relative(block, scope) for scope in half.scopes) for block in blocks),
     )

@@ -1,0 +1,1 @@
+"""Classes that cut modules take on, made by rule and importable by name."""

@@ -1,0 +1,265 @@
+"""What can be taken out of a model, found and proven region by region.
+
+Every region (a block, or an attention pool outside of all blocks) is probed once per signature:
+which rows are which unit (`probe.py`), and how the code around holds fewer of them (`fit.py`). What
+was proven on one region is offered for all of its make. Stacks are lists of blocks that hand on
+what they were given: each may go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from vlprune.anatomy import Knob, Refusal, Swap, under
+from vlprune.calls import Call
+from vlprune.discovery.fit import Fit, common_path, fit
+from vlprune.discovery.probe import Coupling, couplings
+from vlprune.discovery.regions import Region, Visit, observe, real_call, regions_of, replica
+from vlprune.errors import TraceError
+from vlprune.layout import AttentionLayout, resolve
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Units:
+    """A row of units that was proven to be cuttable.
+
+    Attributes:
+        region: path of the region, "" for the model itself.
+        path: the module that holds the units, relative to the region.
+        coupling, fit: names relative to the region.
+    """
+
+    region: str
+    path: str
+    coupling: Coupling
+    fit: Fit
+
+    @property
+    def kind(self) -> str:
+        """The strategy that they belong to: "head" where an attention mixes them, else "ffn"."""
+        return kind_of(self.coupling)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """A list of blocks that can be skipped one by one.
+
+    Attributes:
+        path: the ModuleList or Sequential.
+        indices: its blocks that hand on the shape they were given.
+        argument, keyword: where they take it among the arguments: position, or name.
+    """
+
+    path: str
+    indices: tuple[int, ...]
+    argument: int | None
+    keyword: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Discovery:
+    """All that was found in a model."""
+
+    units: tuple[Units, ...]
+    stacks: tuple[Stack, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def kind_of(coupling: Coupling) -> str:
+    """Return the strategy that a coupling belongs to."""
+    return "head" if coupling.attends or coupling.block > 1 else "ffn"
+
+
+def discover(
+    model: nn.Module,
+    calls: Sequence[Call],
+    layouts: Mapping[str, AttentionLayout],
+    blocks: Collection[str] = (),
+) -> Discovery:
+    """Return what can be taken out of `model`.
+
+    Args:
+        model: left as it was; meta and fake tensors work.
+        calls: how it is called.
+        layouts: module path -> classes that its attention takes on.
+        blocks: paths of modules that are known to be blocks, whether they hold units or not.
+    """
+    regions = regions_of(model)
+    items = [path for path, _ in _list_items(model)]
+    watched = list(dict.fromkeys([*(region.path for region in regions), *items]))
+    try:
+        first, visits = observe(model, calls, regions, watched)
+    except Exception as error:  # whatever a stranger's forward raises
+        said = str(error).partition("\n")[0]
+        raise TraceError(
+            f"{type(model).__name__} must run on the example inputs; it raised "
+            f"{type(error).__name__}: {said}. Check their number, shapes and dtypes."
+        ) from error
+    units: list[Units] = []
+    refusals: list[Refusal] = []
+    proven: dict[Any, tuple[list[Units], list[Refusal]]] = {}
+    for region in regions:
+        if region.path not in visits:
+            refusals.append(
+                Refusal(module=region.path, reason="the example inputs do not reach it", kind="")
+            )
+            continue
+        if region.signature not in proven:
+            inner = [_relative(r.path, region.path) for r in regions if _inside(r, region)]
+            path, call = first[region.signature]
+            proven[region.signature] = _prove(model, path, call, inner, layouts)
+        found, refused = proven[region.signature]
+        alone = not any(region.path == item for item in items)
+        if alone and not any(entry.kind == "head" for entry in found):
+            continue  # a stem or a head of plain layers outside of all blocks
+        units += [dataclasses.replace(entry, region=region.path) for entry in found]
+        refusals += [dataclasses.replace(r, module=_joined(region.path, r.module)) for r in refused]
+    holders = {*blocks, *(entry.region for entry in units)}
+    return Discovery(
+        units=tuple(units),
+        stacks=tuple(_stacks(model, visits, holders)),
+        refusals=tuple(refusals),
+    )
+
+
+def _inside(inner: Region, outer: Region) -> bool:
+    return (
+        inner.path != outer.path and under(inner.path, outer.path)
+        if outer.path
+        else bool(inner.path)
+    )
+
+
+def _relative(path: str, region: str) -> str:
+    return path[len(region) + 1 :] if region else path
+
+
+def _joined(region: str, path: str) -> str:
+    return ".".join(part for part in (region, path) if part)
+
+
+def _prove(
+    model: nn.Module,
+    path: str,
+    call: Call,
+    inner: Sequence[str],
+    layouts: Mapping[str, AttentionLayout],
+) -> tuple[list[Units], list[Refusal]]:
+    """Probe one region; return its units and what is left whole, relative to it."""
+    here = {_relative(p, path): row for p, row in layouts.items() if not path or under(p, path)}
+    module = replica(model.get_submodule(path))
+    for place, row in here.items():
+        if row.gate:
+            module.get_submodule(place).__class__ = resolve(row.gate)
+    try:
+        found, obstacles = couplings(module, real_call(call), inner)
+    except Exception as error:  # whatever a stranger's forward raises on a copy of its own call
+        said = str(error).partition("\n")[0]
+        reason = f"a copy of it must run on its own; {type(error).__name__}: {said}"
+        return [], [Refusal(module="", reason=reason)]
+    refusals = [Refusal(module=o.consumer, reason=o.reason, kind=o.kind) for o in obstacles]
+    units: list[Units] = []
+    inward = {site.tensor for c in found for site in c.sites[:-1]}
+    for coupling in found:
+        if f"{coupling.consumer}.weight" in inward:
+            continue  # a layer inside of another row of units: its input is no row of its own
+        refused = _refused(module, coupling, here)
+        holding = _holding(coupling, here)
+        lists = [Knob(module=p, attribute=name) for p in holding for name in here[p].lists]
+        swaps = _swaps(coupling, here)
+        fitted = refused or fit(module, real_call(call), coupling, swaps, tuple(lists))
+        if isinstance(fitted, Fit):
+            holder = next(iter(holding), common_path(coupling))
+            units.append(Units(region="", path=holder, coupling=coupling, fit=fitted))
+        else:
+            kind = kind_of(coupling)
+            what = "heads" if kind == "head" else "neurons"
+            reason = f"{what} stay: {fitted}"
+            refusals.append(Refusal(module=coupling.consumer, reason=reason, kind=kind))
+    if any(entry.kind == "ffn" for entry in units):  # the others: a table, a stream of its own
+        refusals = [refusal for refusal in refusals if refusal.kind != "ffn"]
+    return units, refusals
+
+
+def _holding(coupling: Coupling, layouts: Mapping[str, AttentionLayout]) -> list[str]:
+    """The declared attentions that hold rows of the coupling's units."""
+    return [
+        path
+        for path in layouts
+        if any(under(site.tensor, path) or not path for site in coupling.sites[:-1])
+    ]
+
+
+def _swaps(coupling: Coupling, layouts: Mapping[str, AttentionLayout]) -> tuple[Swap, ...]:
+    return tuple(
+        swap
+        for path in _holding(coupling, layouts)
+        for swap in (
+            Swap(module=path, to=layouts[path].gate, when="gate"),
+            Swap(module=path, to=layouts[path].cut, when="cut"),
+            Swap(module=path, to=layouts[path].empty, when="empty"),
+        )
+        if swap.to
+    )
+
+
+def _refused(region: nn.Module, coupling: Coupling, layouts: Mapping[str, AttentionLayout]) -> str:
+    for path in _holding(coupling, layouts):
+        for attribute, reason in layouts[path].refuse:
+            value = getattr(region.get_submodule(path), attribute, None)
+            if value is not None and value is not False and not isinstance(value, nn.Identity):
+                return f"{reason} ({attribute}={type(value).__name__})"
+    return ""
+
+
+def _list_items(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [
+        (f"{path}.{name}" if path else name, item)
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        for name, item in module.named_children()
+    ]
+
+
+def _stacks(model: nn.Module, visits: Mapping[str, Visit], holders: set[str]) -> list[Stack]:
+    """The innermost lists whose items hold units and hand on the shape they were given."""
+    found = []
+    for path, module in model.named_modules():
+        is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
+        if is_list and "expert" not in path.rpartition(".")[2]:
+            stack = _stack(path, module, visits, holders)
+            if stack is not None:
+                found.append(stack)
+    paths = [stack.path for stack in found]
+    return [s for s in found if not any(p != s.path and under(p, s.path) for p in paths)]
+
+
+def _stack(path: str, module: Any, visits: Mapping[str, Visit], holders: set[str]) -> Stack | None:
+    places: dict[int | str, list[int]] = {}
+    for index, (name, _) in enumerate(module.named_children()):
+        item = _joined(path, name)
+        place = _residual_place(visits.get(item))
+        holds = any(under(holder, item) for holder in holders)
+        if name == str(index) and place is not None and holds:
+            places.setdefault(place, []).append(index)
+    if not places:
+        return None
+    place, indices = max(places.items(), key=lambda entry: len(entry[1]))
+    by_position = isinstance(place, int)
+    return Stack(
+        path=path,
+        indices=tuple(indices),
+        argument=place if isinstance(place, int) else None,
+        keyword="hidden_states" if by_position else str(place),
+    )
+
+
+def _residual_place(visit: Visit | None) -> int | str | None:
+    """Where a module takes the tensor that it hands on in its shape; None where it does not."""
+    if visit is None or not visit.outputs:
+        return None
+    return next((name for name, shape in visit.inputs if shape == visit.outputs[0]), None)
