@@ -86,6 +86,34 @@ def inspect(
 
 
 @app.command()
+def zoo(
+    only: Annotated[str, typer.Option(help="Parts of entry names, with commas.")] = "",
+    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    log: Annotated[Path, typer.Option(help="Rows done so far, JSON lines.")] = Path("zoo.jsonl"),
+    table: Annotated[Path | None, typer.Option("--csv", help="Write a CSV table.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a Markdown page.")] = None,
+) -> None:
+    """Put every architecture that we can build through the law; run again to go on."""
+    from vlprune.zoo import table as page
+
+    entries = list(page.all_entries([part for part in only.split(",") if part]))
+
+    def tell(done: int, total: int, row: Any) -> None:
+        kinds = [kind for kind, outcome in row.outcomes.items() if outcome.is_exact]
+        said = row.fault or f"exact for {', '.join(kinds) or 'nothing'}"
+        say(f"{done}/{total}  {row.name}  {row.seconds:.1f} s  {said}")
+
+    rows = page.check_all(entries, log, jobs=jobs, progress=tell)
+    if table is not None:
+        page.write_csv(rows, table)
+    if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        markdown.write_text(page.markdown(rows))
+    for line in page.summary(rows):
+        say(line)
+
+
+@app.command()
 def score(
     model: Model,
     to: Annotated[Path, typer.Option("--out", help="Where the scores go, JSON.")],

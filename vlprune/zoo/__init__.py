@@ -1,0 +1,1 @@
+"""The zoo: shrunken models of every architecture, built without weights, and what holds on each."""
