@@ -45,11 +45,11 @@ def inputs_of(model: nn.Module) -> object:
 def random_keep(
     anatomy: vlprune.Anatomy, seed: int, kinds: tuple[str, ...] = ()
 ) -> dict[str, tuple[int, ...]]:
-    """An uneven plan: on every axis another number of units stays, none and all included."""
+    """An uneven plan: on every axis another number of units stays, the fewest and all included."""
     draw = random.Random(seed)
     keep = {}
     for axis in anatomy.axes:
         if not kinds or axis.kind in kinds:
-            count = draw.randint(0, axis.units)
+            count = draw.randint(axis.least, axis.units)
             keep[axis.name] = tuple(sorted(draw.sample(range(axis.units), count)))
     return keep

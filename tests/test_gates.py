@@ -107,7 +107,7 @@ def test_a_tap_sees_what_the_consumer_sees(clip: tuple[nn.Module, vlprune.Anatom
         run(model, calls_of(inputs_of(model))[0])
     assert seen.keys() == {axis.name for axis in axes}  # out_proj of nn.MultiheadAttention too
     for axis in axes:
-        assert seen[axis.name].shape[-1] == axis.units * axis.gate.block
+        assert seen[axis.name].shape[-2:] == (axis.units, axis.gate.block)
 
 
 def test_an_axis_without_a_gate_is_refused(clip: tuple[nn.Module, vlprune.Anatomy]) -> None:

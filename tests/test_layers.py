@@ -42,15 +42,16 @@ RANKS = {
     "__init__": 12,
 }
 FOLDERS = {  # folders that are no plug-ins: rank inside of them
-    "classes": {"narrow": 0, "passing": 1, "__init__": 2},
+    "classes": {"_rewriting": 0, "narrow": 1, "padded": 1, "passing": 1, "split": 1, "__init__": 2},
     "discovery": {
         "regions": 0,
         "tracing": 1,
         "skip": 1,
         "probe": 2,
         "fit": 3,
-        "discover": 4,
-        "__init__": 5,
+        "dims": 4,
+        "discover": 5,
+        "__init__": 6,
     },
     "zoo": {
         "entries": 0,

@@ -17,10 +17,11 @@ from typing import Literal
 
 from vlprune.errors import UnknownNameError
 
-GateKind = Literal["input", "output", "skip"]
+GateKind = Literal["input", "product", "output", "skip"]
 Removal = Literal["slice", "delete", "bypass"]
 KnobMeaning = Literal["units", "layers", "states"]
 SwapMoment = Literal["gate", "cut", "empty", "bypass"]
+Growth = Literal["all", "scores", "mixture"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,38 +29,55 @@ class Site:
     """Where the units of an axis lie in one tensor.
 
     Unit u occupies indices `offset + u * block` up to `offset + (u + 1) * block` of dimension
-    `dim`. A fused qkv projection is three sites of one axis.
+    `dim`, and the same again `stride`, 2 * `stride`, ... further on, `repeats` times in all: a
+    feature that all heads share lies once in every head. A fused qkv projection is three sites of
+    one axis.
     """
 
     tensor: str
     dim: int
     offset: int = 0
     block: int = 1
+    repeats: int = 1
+    stride: int = 0
 
     def indices(self, units: tuple[int, ...]) -> list[int]:
-        """Return the indices along `dim` that `units` occupy."""
-        return [self.offset + u * self.block + i for u in units for i in range(self.block)]
+        """Return the indices along `dim` that `units` occupy, unit by unit."""
+        return [
+            self.offset + r * self.stride + u * self.block + i
+            for u in units
+            for r in range(self.repeats)
+            for i in range(self.block)
+        ]
+
+    @property
+    def size(self) -> int:
+        """How many indices one unit occupies."""
+        return self.block * self.repeats
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
     """Where one number per unit multiplies so that 0 means removed.
 
-    "input" multiplies the input features of one module, `block` features per unit. "output"
-    multiplies what a residual branch returns, and "skip" interpolates between a module's residual
-    input (0) and its output (1): both have one module per unit. `argument` is the position of the
-    residual input among the module's arguments (None: by keyword only), `keyword` its name there.
-    An "input" gate lies along `dim` of the input (1 for convolutions), and the modules in `norms`
-    take their statistics over kept features only.
+    "input" multiplies the input features of one module, `block` features per unit, the whole row
+    `repeats` times over. "product" multiplies what linear modules answer, at the rows that `sites`
+    name in their weights. "output" multiplies what a residual branch returns, and "skip"
+    interpolates between a module's residual input (0) and its output (1): both have one module per
+    unit. `argument` is the position of the residual input among the module's arguments (None: by
+    keyword only), `keyword` its name there. An "input" gate lies along `dim` of the input (1 for
+    convolutions), and the modules in `norms` take their statistics over kept features only.
     """
 
     kind: GateKind
     modules: tuple[str, ...]
     block: int = 1
+    repeats: int = 1
     argument: int | None = 0
     keyword: str = "hidden_states"
     dim: int = -1
     norms: tuple[str, ...] = ()
+    sites: tuple[Site, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +124,8 @@ class Axis:
             "bypass" takes a part out of a block.
         scopes: module paths, one row per unit, that vanish with the unit ("delete", "bypass");
             for "slice" one row: the modules whose weightless operations grow with the axis.
+        grows: which of these operations do: "all", or of an attention only its "scores" (queries
+            by keys) or its "mixture" (scores by values).
         swaps: classes to take on; for "bypass" one per unit, in order.
         least: the fewest units that may stay: 1 where a class cannot compute with none.
     """
@@ -121,6 +141,7 @@ class Axis:
     knobs: tuple[Knob, ...] = ()
     swaps: tuple[Swap, ...] = ()
     scopes: tuple[tuple[str, ...], ...] = ()
+    grows: Growth = "all"
     least: int = 0
 
     @property
@@ -146,10 +167,15 @@ class TensorShape:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """Multiply-accumulates of one module, proportional to the kept share of every axis named."""
+    """Multiply-accumulates of one module.
+
+    Proportional to the size of every weight in `tensors`, or, for what multiplies features with
+    features, to the kept share of every axis in `axes`.
+    """
 
     module: str
     macs: int
+    tensors: tuple[str, ...] = ()
     axes: tuple[str, ...] = ()
 
 

@@ -7,6 +7,7 @@ model was dissected with. No model is needed to price a plan.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import math
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from vlprune.anatomy import Anatomy, under
+from vlprune.anatomy import Anatomy, Axis, Site, under
 from vlprune.calls import Inputs, calls_of, quiet_eval, run
 from vlprune.errors import BudgetError
 from vlprune.plan import Cost
@@ -33,15 +34,34 @@ def _shapes(
     anatomy: Anatomy, keep: Keep, gone: tuple[str, ...]
 ) -> dict[str, tuple[int, ...] | None]:
     shapes: dict[str, list[int]] = {t.name: list(t.shape) for t in anatomy.tensors}
-    for axis in anatomy.axes:
-        removed = axis.units - len(keep[axis.name]) if axis.name in keep else 0
-        if removed:
-            for site in axis.sites:
-                shapes[site.tensor][site.dim] -= removed * site.block
+    cuts = _cuts(anatomy, keep)
+    for (tensor, dim), sites in cuts.items():
+        kinds = {axis.kind for axis, _ in sites}
+        if len(kinds) > 1:  # heads and their dims: rows that go twice count once
+            twice = {i for axis, site in sites for i in site.indices(_removed(axis, keep))}
+            shapes[tensor][dim] -= len(twice)
+            continue
+        for axis, site in sites:
+            shapes[tensor][dim] -= (axis.units - len(keep[axis.name])) * site.size
     return {
         name: None if any(under(name, scope) for scope in gone) else tuple(shape)
         for name, shape in shapes.items()
     }
+
+
+def _cuts(anatomy: Anatomy, keep: Keep) -> Mapping[tuple[str, int], Sequence[tuple[Axis, Site]]]:
+    """(tensor, dimension) to the sites there that lose something."""
+    cuts: dict[tuple[str, int], list[tuple[Axis, Site]]] = collections.defaultdict(list)
+    for axis in anatomy.axes:
+        if axis.name in keep and len(keep[axis.name]) < axis.units:
+            for site in axis.sites:
+                cuts[site.tensor, site.dim].append((axis, site))
+    return cuts
+
+
+def _removed(axis: Axis, keep: Keep) -> tuple[int, ...]:
+    kept = set(keep[axis.name])
+    return tuple(unit for unit in range(axis.units) if unit not in kept)
 
 
 def price(anatomy: Anatomy, keep: Keep) -> Cost:
@@ -54,11 +74,16 @@ def price(anatomy: Anatomy, keep: Keep) -> Cost:
         if tensor.is_parameter and (shape := shapes[tensor.name]) is not None
     )
     shares = {a.name: (len(keep[a.name]), a.units) for a in anatomy.axes if a.name in keep}
+    sizes = {tensor.name: math.prod(tensor.shape) for tensor in anatomy.tensors}
     macs = 0
     for operation in anatomy.operations:
         if any(under(operation.module, scope) for scope in gone):
             continue
         numerator, denominator = operation.macs, 1
+        for name in operation.tensors:
+            now = shapes[name]
+            numerator *= 0 if now is None else math.prod(now)
+            denominator *= max(sizes[name], 1)
         for name in operation.axes:
             kept, units = shares.get(name, (1, 1))
             numerator, denominator = numerator * kept, denominator * units

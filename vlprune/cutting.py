@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprune.anatomy import Knob
+from vlprune.classes.padded import PADDED, PaddedLinear
 from vlprune.classes.passing import is_passing
 from vlprune.copies import drop_caches
 from vlprune.errors import PlanError
@@ -32,12 +33,17 @@ def cut_(model: nn.Module, plan_rows: Sequence[PlanRow]) -> None:
         PlanError: if a tensor or module that the plan names is not there or has another size.
     """
     rows = [row for row in plan_rows if row.removed]
-    _slice(model, [row for row in rows if row.axis.removal == "slice"])
     for row in rows:
-        moments = ("cut",) if row.keep else ("cut", "empty")
         for swap in row.axis.swaps:
-            if swap.when in moments:
+            if swap.when == "cut" and swap.to == PADDED:
                 _swap(model.get_submodule(swap.module), swap.to)
+    _slice(model, [row for row in rows if row.axis.removal == "slice"])
+    for moment in ("cut", "empty"):
+        for row in rows:
+            for swap in row.axis.swaps:
+                if swap.when == moment and swap.to != PADDED and (moment == "cut" or not row.keep):
+                    _swap(model.get_submodule(swap.module), swap.to)
+    for row in rows:
         for knob in row.axis.knobs:
             _turn(model, knob, row)
     whole_first = sorted(rows, key=lambda row: row.axis.kind != "layer")
@@ -53,6 +59,7 @@ def _slice(model: nn.Module, rows: Iterable[PlanRow]) -> None:
     removed: dict[str, dict[int, set[int]]] = collections.defaultdict(
         lambda: collections.defaultdict(set)
     )
+    rows = list(rows)
     for row in rows:
         for site in row.axis.sites:
             removed[site.tensor][site.dim].update(site.indices(row.removed))
@@ -61,8 +68,29 @@ def _slice(model: nn.Module, rows: Iterable[PlanRow]) -> None:
         tensor = _tensor(model, name)
         sliced = tensor.detach()
         for dim, indices in dims.items():
+            whole = sliced.shape[dim] if dim < sliced.dim() else 0
             sliced = _without(sliced, dim, indices, name)
+            for module, attribute in owners[id(tensor)]:
+                if isinstance(module, PaddedLinear) and attribute == "weight":
+                    _note_places(module, rows, name, dim, whole)
         _replace(owners[id(tensor)], tensor, sliced)
+
+
+def _note_places(
+    module: PaddedLinear, rows: Sequence[PlanRow], name: str, dim: int, size: int
+) -> None:
+    """Tell a padded layer which places become zeros and which go for good."""
+    padded: set[int] = set()
+    gone: set[int] = set()
+    span = 0
+    owner = name.rpartition(".")[0]
+    for row in rows:
+        pads = any(swap.module == owner and swap.to == PADDED for swap in row.axis.swaps)
+        for site in row.axis.sites:
+            if (site.tensor, site.dim) == (name, dim):
+                (padded if pads else gone).update(site.indices(row.removed))
+                span = site.stride if pads and site.stride else span
+    module.drop_places(dim, size, padded - gone, gone, span)
 
 
 def _without(tensor: Tensor, dim: int, indices: set[int], name: str) -> Tensor:

@@ -199,8 +199,8 @@ def _operations(
             f"{type(error).__name__}: {error}."
         ) from error
     return tuple(
-        Operation(module=module, macs=flops // 2, axes=names)
-        for (module, names), flops in recorder.flops.items()
+        Operation(module=module, macs=flops // 2, tensors=tensors, axes=names)
+        for (module, tensors, names), flops in recorder.flops.items()
     )
 
 
@@ -236,8 +236,8 @@ class _ModulePath:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts FLOPs as `FlopCounterMode` does, by module and by the axes they grow with.
 
-    An operation on a weight grows with the axes that have a site on it; one without a weight
-    (attention scores) with the slice axis whose scope it lies in.
+    An operation on a weight grows with its size; one without a weight (attention scores) with the
+    slice axes whose scope it lies in: every other one there is scores, the next a mixture.
     """
 
     def __init__(self, model: nn.Module, axes: Sequence[Axis], path: _ModulePath):
@@ -245,16 +245,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         self._formulas = flop_registry
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops: dict[tuple[str, tuple[str, ...]], int] = collections.defaultdict(int)
+        self.flops: dict[tuple[str, tuple[str, ...], tuple[str, ...]], int] = (
+            collections.defaultdict(int)
+        )
         self._path = path
         self._scoped = [a for a in axes if a.removal == "slice" and a.scopes]
-        by_tensor: dict[str, list[str]] = collections.defaultdict(list)
-        for axis in axes:
-            for site in axis.sites:
-                if axis.name not in by_tensor[site.tensor]:
-                    by_tensor[site.tensor].append(axis.name)
+        self._products: dict[str, int] = collections.defaultdict(int)
         self._weights = {
-            parameter.untyped_storage()._cdata: tuple(by_tensor[name])
+            parameter.untyped_storage()._cdata: name
             for name, parameter in model.named_parameters()
             if parameter.dim() > 1
         }
@@ -276,13 +274,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
             flops = formula(*args, **kwargs, out_val=out)
-            self.flops[self._path.current, self._axes_of(args)] += int(flops)
+            storages = [t.untyped_storage()._cdata for t in tensors_of(args)]
+            tensors = tuple(dict.fromkeys(self._weights[s] for s in storages if s in self._weights))
+            axes = () if tensors else self._axes_here()
+            self.flops[self._path.current, tensors, axes] += int(flops)
         return out
 
-    def _axes_of(self, args: tuple[Any, ...]) -> tuple[str, ...]:
-        storages = [t.untyped_storage()._cdata for t in tensors_of(args)]
-        weights = [self._weights[s] for s in storages if s in self._weights]
-        if weights:
-            return tuple(dict.fromkeys(name for names in weights for name in names))
+    def _axes_here(self) -> tuple[str, ...]:
         here = self._path.current
-        return tuple(a.name for a in self._scoped if any(under(here, s) for s in a.scopes[0]))
+        growths = ("all", ("scores", "mixture")[self._products[here] % 2])
+        self._products[here] += 1
+        return tuple(
+            axis.name
+            for axis in self._scoped
+            if axis.grows in growths and any(under(here, s) for s in axis.scopes[0])
+        )

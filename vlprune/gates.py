@@ -32,8 +32,9 @@ class Gates:
         per_sample: make a fresh gate of ones for every example in every forward, so that one
             backward gives every example its own gate gradient (`sample_gradients`).
         tap: called with (axis, unit, input, output) for what flows through a gate, before it is
-            multiplied: the consumer's input [..., features] and None for "input" gates, where unit
-            is None; else residual input and output of the unit's module.
+            multiplied. For "input" and "product" gates unit is None, the input [..., units,
+            features] as the gate sees it, the output None; else residual input and output of the
+            unit's module.
 
     Attributes:
         values: axis name to its gate [units], ones at first, float32. Assign 0 and 1, a tensor
@@ -124,6 +125,12 @@ class Gates:
             for path in axis.gate.norms:
                 self._attach_norm(axis, self.model.get_submodule(path))
             return
+        if axis.gate.kind == "product":
+            for name in dict.fromkeys(site.tensor for site in axis.gate.sites):
+                path, _, weight = name.rpartition(".")
+                hook = self._product_hook(axis, name)
+                self._handles.append(_hook_product(self.model.get_submodule(path), weight, hook))
+            return
         for unit, path in enumerate(axis.gate.modules):
             module = self.model.get_submodule(path)
             hook = self._branch_hook(axis, unit)
@@ -138,9 +145,12 @@ class Gates:
 
     def _input_hook(self, axis: Axis) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def multiply(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = args[0]  # [B, ..., U * block]
+            x = args[0]  # [B, ..., repeats * U * block]
             if self._tap:
-                self._tap(axis, None, x, None)
+                by_unit = x.movedim(axis.gate.dim, -1)
+                sizes = (axis.gate.repeats, axis.units, axis.gate.block)
+                by_unit = by_unit.reshape(*by_unit.shape[:-1], *sizes).transpose(-3, -2)
+                self._tap(axis, None, by_unit.flatten(-2), None)
             if self._is_open(axis):
                 return args
             return (x * self._feature_gate(axis, x, axis.gate.block), *args[1:])
@@ -150,12 +160,27 @@ class Gates:
     def _feature_gate(self, axis: Axis, x: Tensor, block: int) -> Tensor:
         """The gate of every feature of `x`, shaped to broadcast."""
         gate = self._gate(axis, None, x).repeat_interleave(block, dim=-1)
-        dim = axis.gate.dim % x.dim()
-        shape = [1] * x.dim()
-        shape[dim] = gate.shape[-1]
-        if gate.dim() == 2:  # one row an example
-            shape[0] = gate.shape[0]
-        return gate.reshape(shape)
+        gate = gate.repeat(*[1] * (gate.dim() - 1), axis.gate.repeats)
+        return _broadcast(gate, x, axis.gate.dim)
+
+    def _product_hook(self, axis: Axis, weight: str) -> Callable[[Any, Any, Tensor], Tensor]:
+        sites = [site for site in axis.gate.sites if site.tensor == weight]
+        rows = [[i for site in sites for i in site.indices((u,))] for u in range(axis.units)]
+        index = torch.tensor([row for unit in rows for row in unit])  # [U * features of a unit]
+        size = len(rows[0])
+
+        def multiply(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+            places = index.to(out.device)
+            if self._tap:
+                by_unit = out[..., places].reshape(*out.shape[:-1], axis.units, size)
+                self._tap(axis, None, by_unit, None)
+            if self._is_open(axis):
+                return out
+            gate = self._gate(axis, None, out).repeat_interleave(size, dim=-1)
+            whole = gate.new_ones(*gate.shape[:-1], out.shape[-1])
+            return out * _broadcast(whole.index_copy(-1, places, gate), out, -1)
+
+        return multiply
 
     def _attach_norm(self, axis: Axis, norm: nn.Module) -> None:
         """Let `norm` take its statistics over kept features.
@@ -224,6 +249,29 @@ class Gates:
         else:
             value = self.values[axis.name] if unit is None else self.values[axis.name][unit]
         return value.to(device=x.device, dtype=x.dtype)
+
+
+def _hook_product(
+    module: Any, weight: str, hook: Callable[[Any, Any, Tensor], Tensor]
+) -> RemovableHandle:
+    """Let `hook` change what the matrix `weight` of `module` answers, biases included.
+
+    A module that multiplies by several offers `register_product_hook(weight, hook)` for this.
+    """
+    offered = getattr(module, "register_product_hook", None)
+    handle: RemovableHandle = (
+        module.register_forward_hook(hook) if offered is None else offered(weight, hook)
+    )
+    return handle
+
+
+def _broadcast(gate: Tensor, x: Tensor, dim: int) -> Tensor:
+    """[features] or [examples, features] shaped to broadcast along `dim` of `x`."""
+    shape = [1] * x.dim()
+    shape[dim] = gate.shape[-1]
+    if gate.dim() == 2:  # one row an example
+        shape[0] = gate.shape[0]
+    return gate.reshape(shape)
 
 
 def _subtracts_mean(norm: nn.Module) -> bool:

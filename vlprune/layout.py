@@ -30,6 +30,8 @@ class AttentionLayout:
         cls: import path of the class, "package.module.Class".
         gate, cut, empty: importable classes "package.module:Class" to take on while gated, when
             heads were removed, when none is left; "" where the class itself can do it.
+        dims: importable class to take on when its heads lost dimensions, of queries and keys or of
+            values; it serves where heads were removed, too.
         lists: attributes of `cut` with an entry per head, which lose those of removed heads.
         refuse: (attribute, reason): the attention is left whole where this is a module or a value
             other than None, False or `nn.Identity`.
@@ -38,6 +40,7 @@ class AttentionLayout:
     cls: str
     gate: str = ""
     cut: str = ""
+    dims: str = ""
     empty: str = ""
     lists: tuple[str, ...] = ()
     refuse: tuple[tuple[str, str], ...] = ()

@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib
-import inspect
-import linecache
-import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+
+from vlprune.classes._rewriting import (
+    defining,
+    forward_tree,
+    imported,
+    is_nameable,
+    subclass,
+)
 
 WIDTH = "vlprune_width"
 
@@ -27,10 +31,10 @@ WIDTH = "vlprune_width"
 def narrow_names(cls: type[nn.Module]) -> list[str]:
     """Return the importable names of the narrow subclasses of `cls`, if there can be any."""
     named = f"{cls.__module__}.{cls.__qualname__}"
-    if cls.__module__ == __name__ or "<locals>" in named or "__" in named:
+    if not is_nameable(cls):
         return []
-    owner = _defining(cls)
-    places = 0 if owner is None else len(_readings(_forward(owner)))
+    owner = defining(cls)
+    places = 0 if owner is None else len(_readings(forward_tree(owner)))
     spans: list[tuple[int, ...]] = [(k,) for k in range(places)]
     spans += [(k, m) for k in range(places) for m in range(k + 1, places)]
     stem = f"{__name__}:{named.replace('.', '__')}"
@@ -48,8 +52,8 @@ def _narrow(name: str) -> type[nn.Module]:
     parts = name.split("__")
     places = [int(part) for part in parts if part.isdigit()]
     cls = imported(parts[: -len(places)] if places else parts)
-    owner = _defining(cls)
-    tree = None if owner is None else _forward(owner)
+    owner = defining(cls)
+    tree = None if owner is None else forward_tree(owner)
     readings = _readings(tree)
     if owner is None or tree is None or not places or places[-1] >= len(readings):
         raise AttributeError(f"{cls.__qualname__}.forward has no places {places} to narrow it at")
@@ -59,51 +63,7 @@ def _narrow(name: str) -> type[nn.Module]:
         body.insert(index, ast.parse(f"whole_{width} = {width}").body[0])
         index += 1
     body.insert(index, ast.parse(f"{width} = self.{WIDTH}").body[0])
-    source = ast.unparse(ast.fix_missing_locations(tree))
-    file = f"<{__name__}.{name}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    scope = dict(owner.forward.__globals__)
-    exec(compile(source, file, "exec"), scope)
-    members = {"forward": scope["forward"], "__module__": __name__, "__doc__": cls.__doc__}
-    return type(name, (cls,), members)
-
-
-def imported(parts: list[str]) -> type[nn.Module]:
-    """Return the class whose import path has these parts."""
-    for size in range(len(parts) - 1, 0, -1):
-        try:
-            found: Any = importlib.import_module(".".join(parts[:size]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[size:]:
-            found = getattr(found, part)
-        assert isinstance(found, type), parts
-        return found
-    raise AttributeError(f"no module holds the class {'.'.join(parts)}")
-
-
-def _defining(cls: type[nn.Module]) -> Any:
-    """The class that `cls` has its forward from; None where it has none of its own."""
-    for base in cls.__mro__:
-        if "forward" in vars(base):
-            return None if base.__module__.startswith("torch.") else base
-    return None
-
-
-def _forward(cls: Any) -> ast.Module | None:
-    """The class's own forward as a tree, without decorators; None where its source is not plain."""
-    function = inspect.unwrap(cls.forward)
-    if getattr(function, "__closure__", None):
-        return None
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    forward = tree.body[0]
-    if not isinstance(forward, ast.FunctionDef) or forward.name != "forward":
-        return None
-    forward.decorator_list = []
-    return tree
+    return subclass(f"{__name__}:{name}", cls, owner, tree)
 
 
 def _readings(tree: ast.Module | None) -> list[tuple[list[ast.stmt], int, str]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlprune.classes.narrow import imported
+from vlprune.classes._rewriting import imported, is_nameable
 
 
 class PassingBlock(nn.Module):
@@ -46,10 +46,9 @@ _CLASSES = (PassingBlock, PassingTuple, PassingPair)
 
 def passing_names(cls: type[nn.Module]) -> list[str]:
     """Return the importable names of the passing subclasses of `cls`, if there can be any."""
-    named = f"{cls.__module__}.{cls.__qualname__}"
-    if "<locals>" in named or "__" in named:
+    if not is_nameable(cls):
         return []
-    suffix = named.replace(".", "__")
+    suffix = f"{cls.__module__}.{cls.__qualname__}".replace(".", "__")
     return [f"{__name__}:{passing.__name__}__{suffix}" for passing in _CLASSES]
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from vlprune.anatomy import Knob, Refusal, Swap, under
+from vlprune.anatomy import Axis, Knob, Refusal, Swap, under
 from vlprune.calls import Call
-from vlprune.discovery.fit import Fit, common_path, fit
+from vlprune.discovery.dims import dims_of
+from vlprune.discovery.fit import common_path, fit
 from vlprune.discovery.probe import Coupling, couplings
 from vlprune.discovery.regions import Region, Visit, observe, real_call, regions_of, replica
 from vlprune.errors import TraceError
@@ -25,23 +26,20 @@ from vlprune.layout import AttentionLayout, resolve
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Units:
-    """A row of units that was proven to be cuttable.
+    """A row of units that was proven to be cuttable: an axis, names relative to its region.
 
     Attributes:
         region: path of the region, "" for the model itself.
-        path: the module that holds the units, relative to the region.
-        coupling, fit: names relative to the region.
+        axis: with tower and depth left open.
     """
 
     region: str
-    path: str
-    coupling: Coupling
-    fit: Fit
+    axis: Axis
 
     @property
     def kind(self) -> str:
-        """The strategy that they belong to: "head" where an attention mixes them, else "ffn"."""
-        return kind_of(self.coupling)
+        """The strategy that they belong to."""
+        return self.axis.kind
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +65,6 @@ class Discovery:
     units: tuple[Units, ...]
     stacks: tuple[Stack, ...]
     refusals: tuple[Refusal, ...]
-
-
-def kind_of(coupling: Coupling) -> str:
-    """Return the strategy that a coupling belongs to."""
-    return "head" if coupling.attends or coupling.block > 1 else "ffn"
 
 
 def discover(
@@ -172,14 +165,20 @@ def _prove(
         lists = [Knob(module=p, attribute=name) for p in holding for name in here[p].lists]
         swaps = _swaps(coupling, here)
         fitted = refused or fit(module, real_call(call), coupling, swaps, tuple(lists))
-        if isinstance(fitted, Fit):
-            holder = next(iter(holding), common_path(coupling))
-            units.append(Units(region="", path=holder, coupling=coupling, fit=fitted))
+        if isinstance(fitted, Axis):
+            units.append(Units(region="", axis=fitted))
         else:
-            kind = kind_of(coupling)
-            what = "heads" if kind == "head" else "neurons"
+            what = "heads" if coupling.kind == "head" else "neurons"
             reason = f"{what} stay: {fitted}"
-            refusals.append(Refusal(module=coupling.consumer, reason=reason, kind=kind))
+            refusals.append(Refusal(module=coupling.consumer, reason=reason, kind=coupling.kind))
+        if isinstance(fitted, Axis) and coupling.attends:
+            taken_on = _swaps(coupling, here, "dims")
+            for _, axis in dims_of(module, real_call(call), coupling, fitted, taken_on):
+                if isinstance(axis, Axis):
+                    units.append(Units(region="", axis=axis))
+                else:
+                    place = common_path(coupling)
+                    refusals.append(Refusal(module=place, reason=axis, kind="head_dim"))
     if any(entry.kind == "ffn" for entry in units):  # the others: a table, a stream of its own
         refusals = [refusal for refusal in refusals if refusal.kind != "ffn"]
     return units, refusals
@@ -194,14 +193,17 @@ def _holding(coupling: Coupling, layouts: Mapping[str, AttentionLayout]) -> list
     ]
 
 
-def _swaps(coupling: Coupling, layouts: Mapping[str, AttentionLayout]) -> tuple[Swap, ...]:
+def _swaps(
+    coupling: Coupling, layouts: Mapping[str, AttentionLayout], cut: str = "cut"
+) -> tuple[Swap, ...]:
+    """The declared classes to take on; `cut` names the attribute of those for a cut."""
     return tuple(
         swap
         for path in _holding(coupling, layouts)
         for swap in (
             Swap(module=path, to=layouts[path].gate, when="gate"),
-            Swap(module=path, to=layouts[path].cut, when="cut"),
-            Swap(module=path, to=layouts[path].empty, when="empty"),
+            Swap(module=path, to=getattr(layouts[path], cut), when="cut"),
+            Swap(module=path, to=layouts[path].empty if cut == "cut" else "", when="empty"),
         )
         if swap.to
     )

@@ -12,15 +12,16 @@ import copy
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlprune.anatomy import Axis, Gate, Knob, Site, Swap
+from vlprune.anatomy import Axis, Gate, Knob, Swap
 from vlprune.calls import Call, run
 from vlprune.classes.narrow import WIDTH, narrow_names
+from vlprune.classes.padded import PADDED
 from vlprune.copies import shared_copy
 from vlprune.cutting import LAYER_INDICES, cut_
 from vlprune.discovery.probe import Coupling
@@ -33,23 +34,14 @@ _MOST_TRIALS = 96
 _MOST_SECONDS = 30.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Fit:
-    """What must follow when units of a coupling go: knobs and swaps, and how few may stay."""
-
-    knobs: tuple[Knob, ...]
-    swaps: tuple[Swap, ...]
-    least: int
-
-
 def fit(
     region: nn.Module,
     call: Call,
     coupling: Coupling,
     swaps: tuple[Swap, ...] = (),
     lists: tuple[Knob, ...] = (),
-) -> Fit | str:
-    """Return how the units of `coupling` can be cut from `region`, or why they cannot.
+) -> Axis | str:
+    """Return the units of `coupling` as an axis that can be cut, or why they cannot.
 
     Args:
         region: a real float64 replica.
@@ -57,30 +49,48 @@ def fit(
         coupling: what its probe found.
         swaps: classes to take on that are known beforehand.
         lists: attributes of those classes that follow for certain.
+
+    Returns:
+        The axis, all names relative to the region; tower and depth are left open.
     """
     reason = ""
+    plain = axis_of(coupling, swaps)
     deadline = time.monotonic() + _MOST_SECONDS
-    for taken_on in (swaps, *(() if swaps else _narrowings(region, coupling))):
-        bench = _Bench(region, call, coupling, taken_on)
-        width = tuple(
-            Knob(module=swap.module, attribute=WIDTH, per_unit=coupling.block)
-            for swap in taken_on
-            if swap not in swaps
-        )
-        fixed = (*lists, *width)
+    for axis, fixed in _widths(region, coupling, plain, lists):
+        bench = Bench(region, call, axis)
         for knobs in itertools.islice(_candidates(region, coupling), _MOST_TRIALS):
             fault = bench.fault((*fixed, *knobs))
             if not fault:
                 knobs = _complete(bench, (*fixed, *knobs), _attributes(region, coupling)[0])
-                least = 1 if bench.fault(knobs, [()]) else 0
-                return Fit(knobs, taken_on, least)
+                return _with_least(bench, dataclasses.replace(axis, knobs=knobs))
             reason = reason or fault
             if time.monotonic() > deadline:
                 return f"{reason} (and nothing else that was tried in {_MOST_SECONDS:g} s)"
+    padded = padded_axis(region, plain)
+    if padded is not None and not swaps:
+        bench = Bench(region, call, padded)
+        if not bench.fault(()):
+            return _with_least(bench, padded)
     return reason
 
 
-def _complete(bench: _Bench, knobs: tuple[Knob, ...], counts: Sequence[Knob]) -> tuple[Knob, ...]:
+def fit_any(region: nn.Module, call: Call, axes: Iterable[Axis]) -> Axis | str:
+    """Return the first of `axes` (knobs, swaps, least) that can be cut; or why none can."""
+    reason = ""
+    for axis in axes:
+        bench = Bench(region, call, axis)
+        fault = bench.fault(axis.knobs)
+        if not fault:
+            return axis
+        reason = reason or fault
+    return reason
+
+
+def _with_least(bench: Bench, axis: Axis) -> Axis:
+    return dataclasses.replace(axis, least=1 if bench.fault(axis.knobs, [()]) else 0)
+
+
+def _complete(bench: Bench, knobs: tuple[Knob, ...], counts: Sequence[Knob]) -> tuple[Knob, ...]:
     """Add every count of heads that may follow too: none stays stale."""
     for knob in counts:
         free = knob not in knobs and _counts_heads(knob.attribute)
@@ -89,32 +99,58 @@ def _complete(bench: _Bench, knobs: tuple[Knob, ...], counts: Sequence[Knob]) ->
     return knobs
 
 
-def _narrowings(region: nn.Module, coupling: Coupling) -> Iterator[tuple[Swap, ...]]:
-    """Classes that take their width from an attribute, for the modules that hold the units."""
-    if not coupling.attends and coupling.block == 1:
+def _widths(
+    region: nn.Module, coupling: Coupling, axis: Axis, lists: tuple[Knob, ...]
+) -> Iterator[tuple[Axis, tuple[Knob, ...]]]:
+    """The axis as it is, then with classes that take their width from an attribute."""
+    yield axis, lists
+    if axis.swaps or (not coupling.attends and coupling.block == 1):
         return
     holder = common_path(coupling)
     for path, module in region.get_submodule(holder).named_modules(prefix=holder):
         for name in narrow_names(type(module)):
-            yield (Swap(module=path, to=name, when="cut"),)
+            width = Knob(module=path, attribute=WIDTH, per_unit=coupling.block)
+            swap = Swap(module=path, to=name, when="cut")
+            yield dataclasses.replace(axis, swaps=(swap,)), (*lists, width)
 
 
-class _Bench:
+def padded_axis(region: nn.Module, axis: Axis) -> Axis | None:
+    """The axis cut from its matrices alone, all around them at full width; None where it cannot be.
+
+    The matrices must be plain linear layers, called as modules: see `classes/padded.py`.
+    """
+    matrices = {
+        site.tensor.rpartition(".")[0]
+        for site in axis.sites
+        if _tensor(region, site.tensor).dim() > 1
+    }
+    modules = {path: region.get_submodule(path) for path in matrices}
+    if any(type(module).forward is not nn.Linear.forward for module in modules.values()):
+        return None
+    sites = tuple(site for site in axis.sites if site.tensor.rpartition(".")[0] in matrices)
+    swaps = tuple(Swap(module=path, to=PADDED, when="cut") for path in sorted(matrices))
+    gate = dataclasses.replace(axis.gate, norms=())
+    return dataclasses.replace(axis, sites=sites, swaps=swaps, gate=gate, knobs=(), scopes=())
+
+
+def _tensor(region: nn.Module, name: str) -> torch.Tensor:
+    owner, _, attribute = name.rpartition(".")
+    tensor: torch.Tensor = getattr(region.get_submodule(owner), attribute)
+    return tensor
+
+
+class Bench:
     """Cuts copies of a region and compares them with the masked region."""
 
-    def __init__(self, region: nn.Module, call: Call, coupling: Coupling, swaps: tuple[Swap, ...]):
+    def __init__(self, region: nn.Module, call: Call, axis: Axis):
         self._region = region
         self._call = call
-        self._axis = axis_of(coupling, "unit", Fit((), swaps, 0))
-        units = coupling.units
-        some = tuple(
-            sorted(
-                torch.randperm(units, generator=torch.Generator().manual_seed(3))[
-                    : max(units // 2, 1)
-                ].tolist()
-            )
-        )
-        self.keeps = list(dict.fromkeys([tuple(range(1, units)), some, (units - 1,)]))
+        self._axis = axis
+        units = axis.units
+        draw = torch.Generator().manual_seed(3)
+        some = torch.randperm(units, generator=draw)[: max(units // 2, 1)]
+        keeps = [tuple(range(1, units)), tuple(sorted(some.tolist())), (units - 1,)]
+        self.keeps = list(dict.fromkeys(keeps))
         self._expected: dict[tuple[int, ...], Any] = {}
 
     def fault(self, knobs: tuple[Knob, ...], keeps: Sequence[tuple[int, ...]] = ()) -> str:
@@ -150,11 +186,12 @@ def _again(call: Call) -> Call:
     )
 
 
-def axis_of(coupling: Coupling, name: str, fit: Fit) -> Axis:
+def axis_of(coupling: Coupling, swaps: tuple[Swap, ...] = ()) -> Axis:
     """Return the coupling as an axis with names relative to its region."""
+    holder = common_path(coupling)
     return Axis(
-        name=name,
-        kind="head" if coupling.attends or coupling.block > 1 else "ffn",
+        name=f"{holder}:{coupling.kind}",
+        kind=coupling.kind,
         tower="",
         depth=0,
         units=coupling.units,
@@ -167,9 +204,8 @@ def axis_of(coupling: Coupling, name: str, fit: Fit) -> Axis:
             norms=coupling.norms,
         ),
         sites=coupling.sites,
-        knobs=fit.knobs,
-        swaps=fit.swaps,
-        least=fit.least,
+        swaps=swaps,
+        scopes=((holder,),) if coupling.kind == "head" else (),
     )
 
 
@@ -210,8 +246,14 @@ def _attributes(region: nn.Module, coupling: Coupling) -> tuple[list[Knob], list
         ):
             continue  # the cut itself keeps their sizes
         for attribute, value in vars(module).items():
-            if isinstance(value, tuple) and len(value) > 1 and value[-1] == units:
-                counts.append(Knob(module=path, attribute=f"{attribute}[{len(value) - 1}]"))
+            for place, entry in _entries(value):
+                knob = Knob(
+                    module=path, attribute=f"{attribute}[{place}]", per_unit=max(entry // units, 1)
+                )
+                if entry == units:
+                    counts.append(knob)
+                elif entry in rows:
+                    widths.append(knob)
             plain = isinstance(value, int) and not isinstance(value, bool)
             if not plain or attribute in LAYER_INDICES or value < units or value % units:
                 continue
@@ -221,6 +263,12 @@ def _attributes(region: nn.Module, coupling: Coupling) -> tuple[list[Knob], list
             elif _counts_heads(attribute) or value == units:
                 counts.append(knob)
     return counts, widths
+
+
+def _entries(value: Any) -> Iterator[tuple[int, int]]:
+    """(place, number) of the entries of a row of sizes."""
+    if isinstance(value, (tuple, list)) and len(value) > 1:
+        yield from ((i, v) for i, v in enumerate(value) if type(v) is int)
 
 
 def _counts_heads(attribute: str) -> bool:
@@ -239,8 +287,3 @@ def _row_counts(coupling: Coupling) -> set[int]:
         for size in (*by_tensor.values(), *blocks)
         if size > coupling.units or coupling.block == 1
     }
-
-
-def sites_under(sites: Sequence[Site], path: str) -> list[Site]:
-    """Return those sites whose tensor lies in the module at `path`."""
-    return [site for site in sites if site.tensor.startswith(f"{path}." if path else "")]

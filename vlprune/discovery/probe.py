@@ -37,6 +37,8 @@ class Coupling:
         sites: where the units lie in the tensors of the region.
         norms: modules that take statistics over the units' features.
         attends: whether an attention stands between the units' sources and the consumer.
+        values, value_dims: of heads, those sites of which every row feeds but one feature, and
+            how many such features a head has; the rows of the others feed all features of a head.
     """
 
     consumer: str
@@ -46,6 +48,13 @@ class Coupling:
     sites: tuple[Site, ...]
     norms: tuple[str, ...]
     attends: bool
+    values: tuple[Site, ...] = ()
+    value_dims: int = 0
+
+    @property
+    def kind(self) -> str:
+        """The strategy that it belongs to: "head" where an attention mixes them, else "ffn"."""
+        return "head" if self.attends or self.block > 1 else "ffn"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -182,8 +191,40 @@ def _coupling(trace: Trace, path: str, uses: Sequence[Use]) -> tuple[Coupling | 
             norms=tuple(dict.fromkeys(o for s in sites if (o := _owner(s)) in trace.norms)),
             attends=attends,
         )
+        if attends:
+            coupling = _with_values(coupling, alive, sources)
         return coupling, moments if attends or coupling.block > 1 else []
     return (reason, moments) if mixers else ("", [])
+
+
+def _with_values(coupling: Coupling, uses: Sequence[Use], sources: Sequence[Source]) -> Coupling:
+    """The coupling with those sites told apart whose rows feed single features of a head.
+
+    Where heads have E features, a row of values feeds one of them: the first features of all heads
+    depend on every E-th row alone, and on all rows of queries and keys.
+    """
+    widths = {site.block for site in coupling.sites if coupling.block % site.block == 0}
+    for width in sorted(widths - {1}, reverse=True):
+        firsts = torch.arange(coupling.block * coupling.units) % width == 0
+        noise = [torch.ones_like(use.x) for use in uses]
+        reached = _reaches(uses, sources, noise, firsts)
+        rows: dict[tuple[str, int], Tensor] = {}
+        for source, touched in zip(sources, reached, strict=True):
+            for dim, names in source.rows.items():
+                for key in names:
+                    known = rows.get(key)
+                    rows[key] = touched(dim) if known is None else known | touched(dim)
+        values = tuple(s for s in coupling.sites[:-1] if _every(s, rows, width, coupling.units))
+        if values:
+            return dataclasses.replace(coupling, values=values, value_dims=width)
+    return coupling
+
+
+def _every(site: Site, rows: Mapping[tuple[str, int], Tensor], width: int, units: int) -> bool:
+    """Say whether of the rows of `site` only every `width`-th one was touched."""
+    touched = rows[site.tensor, site.dim][site.offset : site.offset + units * site.block]
+    places = touched.nonzero().flatten()
+    return site.block % width == 0 and len(places) > 0 and not bool((places % width).any())
 
 
 def _owner(site: Site) -> str:

@@ -10,13 +10,17 @@ from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextS
 
 
 class CutBlipAttention(BlipAttention):  # type: ignore[misc]  # an untyped library
-    """Vision attention with any number of heads; the stock class reads them off its input."""
+    """Vision attention with any number of heads, of any widths; the stock class reads its input."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """[B, T, D] -> [B, T, D] and attention probabilities [B, H, T, T]."""
-        batch, tokens, _ = hidden_states.shape
-        mixed = self.qkv(hidden_states).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
-        query, key, value = mixed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, E] each
+        product = self.qkv(hidden_states)
+        values = self.projection.weight.shape[1]
+        scores = (product.shape[-1] - values) // 2
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, T, E]
+            for part in product.split([scores, scores, values], dim=-1)
+        )
         scores = query @ key.transpose(-1, -2) * self.scale
         weights = self.dropout(scores.softmax(-1))
         context = (weights @ value).transpose(1, 2).flatten(2)  # [B, T, H * E]

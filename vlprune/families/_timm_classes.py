@@ -8,6 +8,7 @@ from timm.layers.attention import Attention
 from timm.models.cait import TalkingHeadAttn
 from timm.models.vision_transformer import Block
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class HeadlessAttention(Attention):  # type: ignore[misc]  # an untyped library
@@ -16,6 +17,36 @@ class HeadlessAttention(Attention):  # type: ignore[misc]  # an untyped library
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         out: Tensor = self.proj_drop(self.proj(x[..., :0]))
+        return out
+
+
+class SplitAttention(Attention):  # type: ignore[misc]  # an untyped library
+    """An attention whose queries and keys have another width than its values."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        gate = None if self.gate is None else self.gate(x).sigmoid()
+        product = self.qkv(x)
+        values = self.proj.weight.shape[1]  # H * E, of values
+        scores = (product.shape[-1] - values) // 2
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, T, E]
+            for part in product.split([scores, scores, values], dim=-1)
+        )
+        mixed = F.scaled_dot_product_attention(
+            self.q_norm(query),
+            self.k_norm(key),
+            value,
+            attn_mask=attn_mask,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            is_causal=is_causal,
+            scale=self.scale,
+        )
+        x = self.norm(mixed.transpose(1, 2).flatten(2))
+        x = x if gate is None else x * gate
+        out: Tensor = self.proj_drop(self.proj(x))
         return out
 
 

@@ -65,6 +65,7 @@ FAMILIES.register("hf_blip")(
             AttentionLayout(
                 cls=f"{_MODELING}.BlipAttention",
                 cut=f"{_CLASSES}:CutBlipAttention",
+                dims=f"{_CLASSES}:CutBlipAttention",
                 empty=f"{_CLASSES}:HeadlessBlipAttention",
             ),
             AttentionLayout(

@@ -7,6 +7,9 @@ keys, still an `nn.MultiheadAttention`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,16 +17,40 @@ from torch import Tensor, nn
 from vlprune.layout import AttentionLayout, Family
 from vlprune.registry import FAMILIES
 
+ProductHook: TypeAlias = Callable[[Any, Any, Tensor], Tensor]
+
+
+class _Handle:
+    """Removes a hook, and leaves nothing behind."""
+
+    def __init__(self, module: nn.Module, entry: tuple[str, ProductHook]):
+        self._module, self._entry = module, entry
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        hooks: Any = self._module.product_hooks
+        hooks.remove(self._entry)
+        if not hooks:
+            del self._module.product_hooks
+
 
 class ExplicitMultiheadAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` written out: any number of heads, none included.
+    """`nn.MultiheadAttention` written out: any number of heads, none included, of any widths.
 
-    Takes the place of the class of an existing instance. With no head left it returns the output
-    bias. A mask [batch * heads, target, source] may still have the heads that it was made for.
-    `add_zero_attn` is not supported.
+    Takes the place of the class of an existing instance. Heads may have fewer dimensions for
+    queries and keys, or for values; the scores are scaled as before. With no head left it returns
+    the output bias. A mask [batch * heads, target, source] may still have the heads that it was
+    made for. `add_zero_attn` is not supported.
     """
 
     kept_heads: tuple[int, ...]
+    product_hooks: list[tuple[str, ProductHook]]
+
+    def register_product_hook(self, weight: str, hook: ProductHook) -> _Handle:
+        """Let `hook` change what is multiplied by the parameter `weight`, biases included."""
+        entry = (weight, hook)
+        self.__dict__.setdefault("product_hooks", []).append(entry)
+        return _Handle(self, entry)
 
     def after_swap(self) -> None:
         """Keep `nn.TransformerEncoderLayer` off its fused path, which assumes the full width."""
@@ -71,8 +98,9 @@ class ExplicitMultiheadAttention(nn.MultiheadAttention):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rate: float) -> Tensor:
         if self.num_heads == 0:
-            return q  # [B, 0, T, E]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+            return q.new_zeros(*q.shape[:3], v.shape[-1])  # [B, 0, T, E]
+        scale = self.head_dim**-0.5
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate, scale=scale)
 
     def _weighted(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, average: bool
@@ -87,17 +115,44 @@ class ExplicitMultiheadAttention(nn.MultiheadAttention):
         """[B, T, D] each -> [B, H, T, E] each."""
         inputs = (query, key, value)
         packed, bias = self._parameters["in_proj_weight"], self._parameters["in_proj_bias"]
+        values = self.out_proj.weight.shape[1]  # H * E, of values
+        if packed is not None:
+            widths = [(packed.shape[0] - values) // 2] * 2 + [values]
+        else:
+            widths = [self.q_proj_weight.shape[0], self.k_proj_weight.shape[0], values]
         if packed is not None and query is key and key is value:
-            parts = F.linear(query, packed, bias).chunk(3, dim=-1)
+            product = self._hooked("in_proj_weight", F.linear(query, packed, bias))
+            parts = torch.split(product, widths, dim=-1)
         else:
             separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            weights = separate if packed is None else packed.chunk(3)
-            biases = (None, None, None) if bias is None else bias.chunk(3)
-            parts = tuple(map(F.linear, inputs, weights, biases))
+            weights = separate if packed is None else torch.split(packed, widths)
+            biases = (None, None, None) if bias is None else torch.split(bias, widths)
+            parts = self._hooked_parts(tuple(map(F.linear, inputs, weights, biases)), widths)
         q, k, v = (
-            x.reshape(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for x in parts
-        )
-        return q, k, v
+            x.reshape(*x.shape[:2], self.num_heads, x.shape[2] // max(self.num_heads, 1))
+            for x in parts
+        )  # [B, T, H, E]
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _hooked(self, weight: str, product: Tensor) -> Tensor:
+        for name, hook in vars(self).get("product_hooks", ()):
+            if name == weight:
+                product = hook(self, None, product)
+        return product
+
+    def _hooked_parts(self, parts: tuple[Tensor, ...], widths: Sequence[int]) -> tuple[Tensor, ...]:
+        """Products of three inputs through the hooks; those of a packed matrix see all its rows."""
+        if "product_hooks" not in vars(self):
+            return parts
+        if self._parameters["in_proj_weight"] is None:
+            names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+            return tuple(map(self._hooked, names, parts))
+        hooked = []
+        for place, part in enumerate(parts):
+            before, after = sum(widths[:place]), sum(widths[place + 1 :])
+            whole = self._hooked("in_proj_weight", F.pad(part, (before, after)))
+            hooked.append(whole[..., before : before + widths[place]])
+        return tuple(hooked)
 
     def _mask(
         self, q: Tensor, k: Tensor, attn_mask: Tensor | None, padding: Tensor | None
@@ -128,6 +183,7 @@ FAMILIES.register("pytorch")(
                 cls="torch.nn.modules.activation.MultiheadAttention",
                 gate=_EXPLICIT,
                 cut=_EXPLICIT,
+                dims=_EXPLICIT,
                 empty=_EXPLICIT,
                 lists=("kept_heads",),
                 refuse=(

@@ -32,9 +32,9 @@ def describe(model: Any) -> dict[str, Any] | None:
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     blocks: Any = getattr(model, "blocks", ())
     plain = type(model).__name__ == "VisionTransformer" and len(blocks) > 0
-    if name is None or not plain or not hasattr(blocks[0].mlp, "fc1"):
+    block: Any = blocks[0] if plain else None
+    if name is None or not hasattr(getattr(block, "mlp", None), "fc1"):
         return None
-    block = blocks[0]
     return {
         "name": name,
         "arguments": {
@@ -76,6 +76,7 @@ FAMILIES.register("timm")(
         attentions=(
             AttentionLayout(
                 cls="timm.layers.attention.Attention",
+                dims="vlprune.families._timm_classes:SplitAttention",
                 empty="vlprune.families._timm_classes:HeadlessAttention",
             ),
             AttentionLayout(

@@ -65,7 +65,7 @@ class AxisMetric:
         return {"examples": self._count} if self._count else {}
 
     def _add(self, axis: Axis, values: Tensor, unit: int | None = None) -> None:
-        """Add [units], or the value of one unit, to the total of an axis; float64, where it is."""
+        """Add [units, ...], or the value of one unit, to the total of an axis, in float64."""
         values = values.detach().to(torch.float64)
         if axis.name not in self._totals:
             size = values.shape if unit is None else (axis.units,)
@@ -95,7 +95,8 @@ def unit_weights(model: nn.Module, axis: Axis) -> list[Tensor]:
     for site in axis.sites:
         tensor = parameter_of(model, site.tensor)
         if tensor is not None:
-            part = tensor.detach().narrow(site.dim, site.offset, axis.units * site.block)
+            indices = torch.tensor(site.indices(tuple(range(axis.units))), device=tensor.device)
+            part = tensor.detach().index_select(site.dim, indices)
             rows.append(part.movedim(site.dim, 0).reshape(axis.units, -1))
     return rows
 

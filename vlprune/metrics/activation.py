@@ -1,7 +1,8 @@
 """Activation: the norm of what a unit adds to its layer's output, from forward passes alone.
 
 For a head or a neuron the sum over its features of |x_j|_2 * |W_:j|_2, with x_j the feature over
-all tokens and W the consumer's weight; for a layer or half the Frobenius norm of what it adds.
+all tokens and W the consumer's weight; for a layer or half the Frobenius norm of what it adds; for
+query dimensions, which no matrix consumes, the norm of the features.
 Cost: one forward pass over the data, one number per feature.
 
 Source: Sun et al., Wanda, ICLR 2024 (2306.11695), eq. 1, summed over columns as in FLAP's Wanda-sp
@@ -46,20 +47,24 @@ class Activation(AxisMetric):
 
     def _tap(self, axis: Axis, unit: int | None, x: Tensor, out: Tensor | None) -> None:
         if unit is None:
-            self._add(axis, x.detach().float().pow(2).flatten(0, -2).sum(0))
+            self._add(axis, x.detach().float().pow(2).flatten(0, -3).sum(0))
             return
         added = x if out is None else out if axis.gate.kind == "output" else out - x
         self._add(axis, added.detach().float().pow(2).sum(), unit)
 
     def _norms(self, axis: Axis) -> Tensor:
         squares = self._totals[axis.name]
+        if axis.gate.kind == "product":
+            return squares.sum(1).sqrt()
         if axis.gate.kind != "input":
             return squares.sqrt()
         weight = parameter_of(self.model, f"{axis.gate.modules[0]}.weight")
         assert weight is not None
-        columns = torch.linalg.vector_norm(weight.detach().double(), dim=0)
-        features: Tensor = squares.sqrt() * columns
-        return features.reshape(axis.units, axis.gate.block).sum(1)
+        others = [d for d in range(weight.dim()) if d != 1]
+        columns = torch.linalg.vector_norm(weight.detach().double(), dim=others)
+        columns = columns.reshape(axis.gate.repeats, axis.units, axis.gate.block).transpose(0, 1)
+        features: Tensor = squares.sqrt() * columns.flatten(1)  # [units, features of a unit]
+        return features.sum(1)
 
     def _settings(self) -> dict[str, int]:
         return {"batches": self._count}

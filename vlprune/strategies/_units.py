@@ -6,7 +6,7 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from vlprune.anatomy import Axis, Gate, Site, under
+from vlprune.anatomy import Axis, Site, under
 from vlprune.discovery.discover import Units
 from vlprune.discovery.skip import fault_of
 from vlprune.dissect import ModelView
@@ -48,55 +48,53 @@ def _axes(view: ModelView, kind: str) -> Iterator[Axis]:
     for units in view.discovery.units:
         if units.kind != kind:
             continue
-        tied = _tied(view, units)
+        axis = _absolute(view, units)
+        tied = _tied(view, axis, units.region)
         if tied:
-            view.refuse(_at(units, units.coupling.consumer), tied, kind)
+            view.refuse(axis.gate.modules[0], tied, kind)
             continue
-        axis = _axis(view, units)
         if axis.name in names:  # two rows in one module: the layer that consumes them tells
-            axis = dataclasses.replace(axis, name=f"{axis.gate.modules[0]}:{kind}")
+            name = f"{axis.gate.modules[0]}:{axis.name.rpartition(':')[2]}"
+            axis = dataclasses.replace(axis, name=name)
         names.add(axis.name)
         yield axis
 
 
-def _at(units: Units, path: str) -> str:
-    return ".".join(part for part in (units.region, path) if part)
+def _absolute(view: ModelView, units: Units) -> Axis:
+    """The axis with all names from the model's root, its tower and depth."""
 
+    def at(path: str) -> str:
+        return ".".join(part for part in (units.region, path) if part)
 
-def _axis(view: ModelView, units: Units) -> Axis:
-    coupling, path = units.coupling, _at(units, units.path)
-    return Axis(
-        name=f"{path}:{units.kind}",
-        kind=units.kind,
+    def site_at(site: Site) -> Site:
+        first, *_ = view.tensor_names(at(site.tensor))
+        return dataclasses.replace(site, tensor=first)
+
+    axis = units.axis
+    gate = dataclasses.replace(
+        axis.gate,
+        modules=tuple(map(at, axis.gate.modules)),
+        norms=tuple(map(at, axis.gate.norms)),
+        sites=tuple(map(site_at, axis.gate.sites)),
+    )
+    path = at(axis.path)
+    return dataclasses.replace(
+        axis,
+        name=f"{path}:{axis.name.rpartition(':')[2]}",
         tower=view.tower(path),
         depth=view.depth(path),
-        units=coupling.units,
-        removal="slice",
-        gate=Gate(
-            kind="input",
-            modules=(_at(units, coupling.consumer),),
-            block=coupling.block,
-            dim=coupling.dim,
-            norms=tuple(_at(units, norm) for norm in coupling.norms),
-        ),
-        sites=tuple(dict.fromkeys(_site(view, units, site) for site in coupling.sites)),
-        knobs=tuple(dataclasses.replace(k, module=_at(units, k.module)) for k in units.fit.knobs),
-        swaps=tuple(dataclasses.replace(s, module=_at(units, s.module)) for s in units.fit.swaps),
-        scopes=((path,),) if units.kind == "head" else (),
-        least=units.fit.least,
+        gate=gate,
+        sites=tuple(dict.fromkeys(map(site_at, axis.sites))),
+        knobs=tuple(dataclasses.replace(k, module=at(k.module)) for k in axis.knobs),
+        swaps=tuple(dataclasses.replace(s, module=at(s.module)) for s in axis.swaps),
+        scopes=tuple(tuple(map(at, scope)) for scope in axis.scopes),
     )
 
 
-def _site(view: ModelView, units: Units, site: Site) -> Site:
-    first, *_ = view.tensor_names(_at(units, site.tensor))
-    return dataclasses.replace(site, tensor=first)
-
-
-def _tied(view: ModelView, units: Units) -> str:
+def _tied(view: ModelView, axis: Axis, region: str) -> str:
     """Why the units cannot go: a tensor of theirs is held by a module elsewhere, too."""
-    for site in units.coupling.sites:
-        name = _at(units, site.tensor)
-        others = [n for n in view.tensor_names(name) if not under(n, units.region)]
-        if others and units.region:
-            return f"units stay: {name} is tied to {others[0]}"
+    for site in axis.sites:
+        others = [n for n in view.tensor_names(site.tensor) if not under(n, region)]
+        if others and region:
+            return f"units stay: {site.tensor} is tied to {others[0]}"
     return ""

@@ -25,7 +25,7 @@ from vlprune.registry import FAMILIES
 from vlprune.store import from_pretrained, save_pretrained
 from vlprune.zoo.entries import Entry
 
-STRATEGIES = ("head", "ffn", "layer")
+STRATEGIES = ("head", "ffn", "layer", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -117,6 +117,10 @@ def _pvt(name: str) -> Sizes:
     return {"embed_dims": [16, 32, 64, 64], "num_heads": [1, 2, 4, 4], "depths": [2, 2, 2, 2]}
 
 
+def _tiny_vit(name: str) -> Sizes:
+    return {"embed_dims": [16, 32, 64, 64], "num_heads": [1, 2, 4, 4], "depths": [1, 1, 2, 1]}
+
+
 RULES: dict[str, Callable[[str], Sizes]] = {
     "vision_transformer": _vit,
     "deit": _plain,
@@ -141,7 +145,7 @@ RULES: dict[str, Callable[[str], Sizes]] = {
     "convit": _convit,
     "davit": _davit,
     "pvt_v2": _pvt,
-    "tiny_vit": lambda name: {},
+    "tiny_vit": _tiny_vit,
 }
 
 

@@ -1,0 +1,158 @@
+"""Dimensions of heads: the same ones of queries and keys, or of values, in every head of a layer.
+
+Where the heads lie was probed (`probe.py`): a row of values feeds one feature of its head, rows of
+queries and keys feed all. Rotary embeddings turn dimensions in pairs; which ones, the trials tell
+(`fit.py`). The softmax scale stays the original one.
+
+Source: Shi et al., UPop, ICML 2023 (2301.13741), section 3: one mask for all heads of a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from vlprune.anatomy import Axis, Gate, Growth, Site, Swap
+from vlprune.calls import Call
+from vlprune.classes.split import split_names
+from vlprune.discovery.fit import axis_of, common_path, fit_any, padded_axis
+from vlprune.discovery.probe import Coupling
+
+Part = tuple[str, Growth]
+PARTS: tuple[Part, ...] = (("qk", "scores"), ("v", "mixture"))
+_PAIRS = ("single", "halves", "neighbours")
+
+
+def dims_of(
+    region: nn.Module,
+    call: Call,
+    coupling: Coupling,
+    heads: Axis,
+    taken_on: tuple[Swap, ...],
+) -> Iterator[tuple[str, Axis | str]]:
+    """Yield (part, axis or why it stays) for the query-key and the value dimensions of heads.
+
+    Args:
+        region: a real float64 replica.
+        call: how it is called.
+        coupling: of the heads.
+        heads: the axis that they were proven as.
+        taken_on: classes declared for heads that lost dimensions, with those for gates.
+    """
+    for part, growth in PARTS:
+        width, sites = _value_rows(coupling) if part == "v" else _score_rows(region, coupling)
+        if len(sites) < 1 + (part == "qk") or width < 2:
+            yield part, f"dimensions stay: its {part} rows lie in no matrix of their own"
+            continue
+        swaps = _ways(region, heads, taken_on)
+        variants = _variants(region, coupling, part, growth, width, sites, swaps)
+        found = fit_any(region, call, variants)
+        yield part, found if isinstance(found, Axis) else f"dimensions stay: {found}"
+
+
+def _ways(region: nn.Module, heads: Axis, taken_on: tuple[Swap, ...]) -> list[tuple[Swap, ...]]:
+    """Sets of classes to take on: the declared ones, then those made by rule."""
+    ways = [taken_on]
+    for knob in heads.knobs:
+        if knob.per_unit == 1 and "." not in knob.attribute and "[" not in knob.attribute:
+            cls = type(region.get_submodule(knob.module))
+            ways += [
+                (*(swap for swap in taken_on if swap.when == "gate"), made)
+                for name in split_names(cls, knob.attribute)
+                for made in (Swap(module=knob.module, to=name, when="cut"),)
+            ]
+    return ways
+
+
+def _value_rows(coupling: Coupling) -> tuple[int, tuple[Site, ...]]:
+    """Features per head, and the sites that feed one each."""
+    return coupling.value_dims, coupling.values
+
+
+def _score_rows(region: nn.Module, coupling: Coupling) -> tuple[int, tuple[Site, ...]]:
+    """Dimensions per head, and the sites of queries and keys with their biases."""
+    rest = [s for s in coupling.sites[:-1] if s not in coupling.values and s.dim == 0]
+    matrices = [s for s in rest if _is_matrix(region, s)]
+    width = min((site.block for site in matrices), default=0)
+    places = {(_owner(site), site.offset, site.block) for site in matrices}
+    rows = [s for s in rest if (_owner(s), s.offset, s.block) in places or s in matrices]
+    return (width, tuple(rows)) if all(s.block % width == 0 for s in matrices) else (0, ())
+
+
+def _is_matrix(region: nn.Module, site: Site) -> bool:
+    owner, _, name = site.tensor.rpartition(".")
+    tensor: Tensor = getattr(region.get_submodule(owner), name)
+    return tensor.dim() > 1
+
+
+def _owner(site: Site) -> str:
+    return site.tensor.rpartition(".")[0]
+
+
+def _variants(
+    region: nn.Module,
+    coupling: Coupling,
+    part: str,
+    growth: Growth,
+    width: int,
+    sites: Sequence[Site],
+    ways: Sequence[tuple[Swap, ...]],
+) -> Iterator[Axis]:
+    """Ways in which these dimensions may go, the best first."""
+    heads = axis_of(coupling)
+    gates = tuple(swap for swap in ways[0] if swap.when == "gate")
+    for grouping in _PAIRS if part == "qk" else _PAIRS[:1]:
+        if grouping != "single" and width % 2:
+            continue
+        units = width if grouping == "single" else width // 2
+        rows = tuple(s for site in sites for s in _spread(site, coupling.units, width, grouping))
+        consumer = coupling.sites[-1]
+        columns = _spread(consumer, coupling.units, width, grouping) if part == "v" else ()
+        axis = dataclasses.replace(
+            heads,
+            name=f"{common_path(coupling)}:head_dim.{part}",
+            kind="head_dim",
+            units=units,
+            sites=(*rows, *columns),
+            grows=growth,
+            least=1,  # heads without dimensions are heads removed
+        )
+        gated = list(_gated(region, axis, coupling, rows, width))
+        for one in gated:
+            for swaps in ways:
+                if len(swaps) > len(gates):
+                    yield dataclasses.replace(one, swaps=swaps)
+        for one in gated:
+            padded = padded_axis(region, one)
+            if padded is not None:
+                yield dataclasses.replace(padded, swaps=(*gates, *padded.swaps))
+
+
+def _gated(
+    region: nn.Module, axis: Axis, coupling: Coupling, rows: Sequence[Site], width: int
+) -> Iterator[Axis]:
+    """The axis with a gate on the consumer's input, on the first matrix, or on all of them."""
+    if len(axis.sites) > len(rows):
+        repeats = coupling.units * coupling.block // width
+        gate = dataclasses.replace(axis.gate, block=1, repeats=repeats)
+        yield dataclasses.replace(axis, gate=gate)
+    matrices = [site for site in rows if _is_matrix(region, site)]
+    first = (_owner(matrices[0]), matrices[0].offset // width)
+    queries = [site for site in matrices if (_owner(site), site.offset // width) == first]
+    for chosen in (queries, matrices):
+        modules = tuple(dict.fromkeys(map(_owner, chosen)))
+        gate = Gate(kind="product", modules=modules, sites=tuple(chosen))
+        yield dataclasses.replace(axis, gate=gate)
+
+
+def _spread(site: Site, heads: int, width: int, grouping: str) -> tuple[Site, ...]:
+    """The rows of all heads as `width` dims that lie in every head, `width` apart."""
+    repeats = heads * site.block // width
+    base = dataclasses.replace(site, block=1, repeats=repeats, stride=width)
+    if grouping == "halves":
+        return base, dataclasses.replace(base, offset=site.offset + width // 2)
+    if grouping == "neighbours":
+        return (dataclasses.replace(base, block=2),)
+    return (base,)
