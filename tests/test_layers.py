@@ -42,7 +42,15 @@ RANKS = {
     "__init__": 12,
 }
 FOLDERS = {  # folders that are no plug-ins: rank inside of them
-    "classes": {"_rewriting": 0, "narrow": 1, "padded": 1, "passing": 1, "split": 1, "__init__": 2},
+    "classes": {
+        "_rewriting": 0,
+        "narrow": 1,
+        "padded": 1,
+        "passing": 1,
+        "picking": 1,
+        "split": 1,
+        "__init__": 2,
+    },
     "discovery": {
         "regions": 0,
         "tracing": 1,

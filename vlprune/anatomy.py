@@ -19,7 +19,7 @@ from vlprune.errors import UnknownNameError
 
 GateKind = Literal["input", "product", "output", "skip"]
 Removal = Literal["slice", "delete", "bypass"]
-KnobMeaning = Literal["units", "layers", "states"]
+KnobMeaning = Literal["units", "kept", "layers", "states"]
 SwapMoment = Literal["gate", "cut", "empty", "bypass"]
 Growth = Literal["all", "scores", "mixture"]
 
@@ -60,13 +60,13 @@ class Site:
 class Gate:
     """Where one number per unit multiplies so that 0 means removed.
 
-    "input" multiplies the input features of one module, `block` features per unit, the whole row
-    `repeats` times over. "product" multiplies what linear modules answer, at the rows that `sites`
-    name in their weights. "output" multiplies what a residual branch returns, and "skip"
-    interpolates between a module's residual input (0) and its output (1): both have one module per
-    unit. `argument` is the position of the residual input among the module's arguments (None: by
-    keyword only), `keyword` its name there. An "input" gate lies along `dim` of the input (1 for
-    convolutions), and the modules in `norms` take their statistics over kept features only.
+    "input" multiplies the input features of a module (of all that share its weights): `block`
+    features per unit, the whole row `repeats` times over, along `dim` (1 for convolutions); the
+    modules in `norms` take their statistics over kept features only. "product" multiplies what
+    linear modules answer, at the rows that `sites` name in their weights. "output" multiplies what
+    a residual branch returns, and "skip" interpolates between a module's residual input (0) and its
+    output (1): both have one module per unit. `argument` is the position of the residual input
+    among the module's arguments (None: by keyword only), `keyword` its name there.
     """
 
     kind: GateKind
@@ -84,7 +84,8 @@ class Gate:
 class Knob:
     """An attribute that must follow a cut: "units" counts the kept ones, `per_unit` each.
 
-    A list with an entry per unit loses those of the removed. "layers" names layers by number;
+    A list with an entry per unit loses those of the removed; "kept" is the row of those that stay,
+    numbered as they were at first. "layers" names layers by number;
     "states" names hidden states, of which state s comes after s layers; both may count from the
     end. A dotted attribute ("config.num_hidden_layers") sets a private copy of what it goes
     through.

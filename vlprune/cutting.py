@@ -72,25 +72,33 @@ def _slice(model: nn.Module, rows: Iterable[PlanRow]) -> None:
             sliced = _without(sliced, dim, indices, name)
             for module, attribute in owners[id(tensor)]:
                 if isinstance(module, PaddedLinear) and attribute == "weight":
-                    _note_places(module, rows, name, dim, whole)
+                    pads = [row for row in rows if _pads(model, row, module)]
+                    _note_places(module, rows, pads, (name, dim), whole)
         _replace(owners[id(tensor)], tensor, sliced)
 
 
 def _note_places(
-    module: PaddedLinear, rows: Sequence[PlanRow], name: str, dim: int, size: int
+    module: PaddedLinear,
+    rows: Sequence[PlanRow],
+    pads: Sequence[PlanRow],
+    place: tuple[str, int],
+    size: int,
 ) -> None:
-    """Tell a padded layer which places become zeros and which go for good."""
+    """Tell a padded layer which places become zeros (`pads`) and which go for good."""
     padded: set[int] = set()
     gone: set[int] = set()
     span = 0
-    owner = name.rpartition(".")[0]
     for row in rows:
-        pads = any(swap.module == owner and swap.to == PADDED for swap in row.axis.swaps)
         for site in row.axis.sites:
-            if (site.tensor, site.dim) == (name, dim):
-                (padded if pads else gone).update(site.indices(row.removed))
-                span = site.stride if pads and site.stride else span
-    module.drop_places(dim, size, padded - gone, gone, span)
+            if (site.tensor, site.dim) == place:
+                (padded if row in pads else gone).update(site.indices(row.removed))
+                span = site.stride if row in pads and site.stride else span
+    module.drop_places(place[1], size, padded - gone, gone, span)
+
+
+def _pads(model: nn.Module, row: PlanRow, module: nn.Module) -> bool:
+    swaps = [swap for swap in row.axis.swaps if swap.to == PADDED]
+    return any(model.get_submodule(swap.module) is module for swap in swaps)
 
 
 def _without(tensor: Tensor, dim: int, indices: set[int], name: str) -> Tensor:
@@ -182,6 +190,9 @@ def _turn(model: nn.Module, knob: Knob, row: PlanRow) -> None:
         changed = [*old]  # type: ignore[misc]
         changed[place] = len(row.keep) * knob.per_unit
         setattr(holder, attribute, tuple(changed))
+    elif knob.counts == "kept":
+        before = range(row.axis.units) if old is None else old
+        setattr(holder, attribute, tuple(before[unit] for unit in row.keep))
     elif knob.counts != "units":
         setattr(holder, attribute, _renumbered(model, knob, row, old))
     elif isinstance(old, (list, tuple)):

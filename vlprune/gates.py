@@ -120,8 +120,9 @@ class Gates:
             if swap.when == "gate":
                 self._swap(self.model.get_submodule(swap.module), resolve(swap.to))
         if axis.gate.kind == "input":
-            consumer = self.model.get_submodule(axis.gate.modules[0])
-            self._handles.append(consumer.register_forward_pre_hook(self._input_hook(axis)))
+            for path in axis.gate.modules:  # several where they are tied
+                consumer = self.model.get_submodule(path)
+                self._handles.append(consumer.register_forward_pre_hook(self._input_hook(axis)))
             for path in axis.gate.norms:
                 self._attach_norm(axis, self.model.get_submodule(path))
             return

@@ -74,7 +74,7 @@ def _value_rows(coupling: Coupling) -> tuple[int, tuple[Site, ...]]:
 def _score_rows(region: nn.Module, coupling: Coupling) -> tuple[int, tuple[Site, ...]]:
     """Dimensions per head, and the sites of queries and keys with their biases."""
     rest = [s for s in coupling.sites[:-1] if s not in coupling.values and s.dim == 0]
-    matrices = [s for s in rest if _is_matrix(region, s)]
+    matrices = [s for s in rest if _is_matrix(region, s) and s.block > 1]
     width = min((site.block for site in matrices), default=0)
     places = {(_owner(site), site.offset, site.block) for site in matrices}
     rows = [s for s in rest if (_owner(s), s.offset, s.block) in places or s in matrices]

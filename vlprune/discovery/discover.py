@@ -228,7 +228,10 @@ def _list_items(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _stacks(model: nn.Module, visits: Mapping[str, Visit], holders: set[str]) -> list[Stack]:
-    """The innermost lists whose items hold units and hand on the shape they were given."""
+    """The lists whose items hold units and hand on the shape they were given.
+
+    Of lists inside of each other the outer one counts where all its items do so, else the inner.
+    """
     found = []
     for path, module in model.named_modules():
         is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
@@ -236,8 +239,19 @@ def _stacks(model: nn.Module, visits: Mapping[str, Visit], holders: set[str]) ->
             stack = _stack(path, module, visits, holders)
             if stack is not None:
                 found.append(stack)
-    paths = [stack.path for stack in found]
-    return [s for s in found if not any(p != s.path and under(p, s.path) for p in paths)]
+    whole = [s for s in found if len(s.indices) == _length(model, s.path) > 1]
+    outer = [s for s in whole if not any(_holds(t, s) for t in whole)]
+    rest = [s for s in found if not any(s is t or _holds(t, s) for t in outer)]
+    inner = [s for s in rest if not any(_holds(s, t) for t in found)]
+    return [s for s in found if s in outer or s in inner]
+
+
+def _holds(outer: Stack, inner: Stack) -> bool:
+    return outer.path != inner.path and under(inner.path, outer.path)
+
+
+def _length(model: nn.Module, path: str) -> int:
+    return sum(1 for _ in model.get_submodule(path).children())
 
 
 def _stack(path: str, module: Any, visits: Mapping[str, Visit], holders: set[str]) -> Stack | None:

@@ -22,6 +22,7 @@ from vlprune.anatomy import Axis, Gate, Knob, Swap
 from vlprune.calls import Call, run
 from vlprune.classes.narrow import WIDTH, narrow_names
 from vlprune.classes.padded import PADDED
+from vlprune.classes.picking import KEPT, picking_name
 from vlprune.copies import shared_copy
 from vlprune.cutting import LAYER_INDICES, cut_
 from vlprune.discovery.probe import Coupling
@@ -55,8 +56,12 @@ def fit(
     """
     reason = ""
     plain = axis_of(coupling, swaps)
+    picks = _picks(region, coupling)
     deadline = time.monotonic() + _MOST_SECONDS
     for axis, fixed in _widths(region, coupling, plain, lists):
+        if picks:
+            axis = dataclasses.replace(axis, swaps=(*axis.swaps, *picks))
+            fixed = (*fixed, Knob(module="", attribute=KEPT, counts="kept"))
         bench = Bench(region, call, axis)
         for knobs in itertools.islice(_candidates(region, coupling), _MOST_TRIALS):
             fault = bench.fault((*fixed, *knobs))
@@ -72,6 +77,14 @@ def fit(
         if not bench.fault(()):
             return _with_least(bench, padded)
     return reason
+
+
+def _picks(region: nn.Module, coupling: Coupling) -> tuple[Swap, ...]:
+    """The class of a region that picks its units from what it is given for all of them."""
+    if len(coupling.inputs) != 1:
+        return ()
+    name = picking_name(type(region), *coupling.inputs[0])
+    return (Swap(module="", to=name, when="cut"),) if name else ()
 
 
 def fit_any(region: nn.Module, call: Call, axes: Iterable[Axis]) -> Axis | str:
@@ -115,28 +128,18 @@ def _widths(
 
 
 def padded_axis(region: nn.Module, axis: Axis) -> Axis | None:
-    """The axis cut from its matrices alone, all around them at full width; None where it cannot be.
+    """The axis cut from its linear layers alone, all around them at full width; None without any.
 
-    The matrices must be plain linear layers, called as modules: see `classes/padded.py`.
+    See `classes/padded.py`.
     """
-    matrices = {
-        site.tensor.rpartition(".")[0]
-        for site in axis.sites
-        if _tensor(region, site.tensor).dim() > 1
-    }
-    modules = {path: region.get_submodule(path) for path in matrices}
-    if any(type(module).forward is not nn.Linear.forward for module in modules.values()):
+    owners = {site.tensor.rpartition(".")[0] for site in axis.sites}
+    matrices = {p for p in owners if type(region.get_submodule(p)).forward is nn.Linear.forward}
+    if not matrices:
         return None
     sites = tuple(site for site in axis.sites if site.tensor.rpartition(".")[0] in matrices)
     swaps = tuple(Swap(module=path, to=PADDED, when="cut") for path in sorted(matrices))
     gate = dataclasses.replace(axis.gate, norms=())
     return dataclasses.replace(axis, sites=sites, swaps=swaps, gate=gate, knobs=(), scopes=())
-
-
-def _tensor(region: nn.Module, name: str) -> torch.Tensor:
-    owner, _, attribute = name.rpartition(".")
-    tensor: torch.Tensor = getattr(region.get_submodule(owner), attribute)
-    return tensor
 
 
 class Bench:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class Coupling:
         sites: where the units lie in the tensors of the region.
         norms: modules that take statistics over the units' features.
         attends: whether an attention stands between the units' sources and the consumer.
+        inputs: (number or name of an argument, dimension) of what the region is given per unit.
         values, value_dims: of heads, those sites of which every row feeds but one feature, and
             how many such features a head has; the rows of the others feed all features of a head.
     """
@@ -48,6 +50,7 @@ class Coupling:
     sites: tuple[Site, ...]
     norms: tuple[str, ...]
     attends: bool
+    inputs: tuple[tuple[int | str, int], ...] = ()
     values: tuple[Site, ...] = ()
     value_dims: int = 0
 
@@ -77,19 +80,26 @@ def couplings(
         skip: modules of the region that are regions themselves: their layers are not looked at.
     """
     trace = Trace(region)
-    floating: list[Tensor] = []
+    given: list[Source] = []
 
-    def watched(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        floating.append(tensor.requires_grad_(True))
-        return tensor * 1.0  # a region may change its input in place
+    def watched(value: Any, place: int | str) -> Any:
+        def watch(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            whole = isinstance(value, Tensor)
+            given.append(Source(tensor.requires_grad_(True), {}, place=place if whole else None))
+            return tensor * 1.0  # a region may change its input in place
+
+        return map_tensors(value, watch)
 
     with torch.enable_grad():
-        inputs = map_tensors(call, watched)
+        inputs = Call(
+            tuple(watched(value, place) for place, value in enumerate(call.args)),
+            {name: watched(value, name) for name, value in call.kwargs.items()},
+        )
         with trace:
             run(region, inputs)
-    trace.sources += [Source(tensor, {}) for tensor in floating]
+    trace.sources += given
     found: list[Coupling] = []
     obstacles: list[Obstacle] = []
     covered: set[int] = set()
@@ -190,6 +200,11 @@ def _coupling(trace: Trace, path: str, uses: Sequence[Use]) -> tuple[Coupling | 
             sites=(*sites, Site(tensor=f"{path}.weight", dim=1, block=features // units)),
             norms=tuple(dict.fromkeys(o for s in sites if (o := _owner(s)) in trace.norms)),
             attends=attends,
+            inputs=tuple(
+                (place, dim)
+                for (number, dim), code in codes.items()
+                if (place := sources[number].place) is not None and bool((code >= 0).any())
+            ),
         )
         if attends:
             coupling = _with_values(coupling, alive, sources)
@@ -257,6 +272,7 @@ def _reached(sources: Sequence[Source], uses: Sequence[Use]) -> list[Source]:
 
 
 _RESIDUAL = "units stay: an input of the block has entries of its own for each"
+_GIVEN = "units stay: an input of the block has entries of its own for some of them together"
 
 _Codes = dict[tuple[int, int], Tensor]  # (source number, dim) -> unit of every row
 
@@ -305,13 +321,14 @@ def _decode(uses: Sequence[Use], sources: Sequence[Source], units: int) -> _Code
         if not source.rows or dim in source.rows
     }
     numbers = torch.arange(units)
+    features = uses[0].x.shape[uses[0].dim]
     for bit in reversed(range((units - 1).bit_length())):
         has_bit = (numbers >> bit & 1).bool()
         one = _reaches(uses, sources, noise, has_bit)
         zero = _reaches(uses, sources, noise, ~has_bit)
         for (number, dim), row in rows.items():
             row.add_bit(bit, one[number](dim), zero[number](dim))
-        fault = _fault(sources, rows)
+        fault = _fault(sources, rows, units, features)
         if fault:
             return fault
     for unit in {0, units // 2}:
@@ -320,17 +337,24 @@ def _decode(uses: Sequence[Use], sources: Sequence[Source], units: int) -> _Code
             row.add_unit(unit, reached[number](dim))
     codes = {key: row.units() for key, row in rows.items()}
     assert all(int(code.max()) < units for code in codes.values() if len(code)), units
-    return _fault(sources, rows) or codes
+    return _fault(sources, rows, units, features) or codes
 
 
-def _fault(sources: Sequence[Source], rows: Mapping[tuple[int, int], _Rows]) -> str:
+def _fault(
+    sources: Sequence[Source],
+    rows: Mapping[tuple[int, int], _Rows],
+    units: int,
+    features: int,
+) -> str:
     for (number, _), row in rows.items():
         source = sources[number]
         if source.rows and row.is_partial:
             name = next(iter(source.rows.values()))[0][0]
             return f"units stay: rows of {name} feed several of them, not all"
-        if not source.rows and bool((row.single & ~row.everywhere & ~row.dead).any()):
-            return _RESIDUAL
+        alone = not source.rows and bool((row.single & ~row.everywhere & ~row.dead).any())
+        is_per_unit = source.place is not None and len(row.single) == units != features
+        if alone and not is_per_unit:
+            return _RESIDUAL if len(row.single) % features == 0 else _GIVEN
     return ""
 
 

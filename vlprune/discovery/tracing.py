@@ -34,12 +34,13 @@ class Use:
 class Source:
     """A tensor to take gradients of, and for which rows: dimension -> tensor names with dims.
 
-    A source without rows is an input of the region.
+    A source without rows is an input of the region; `place` says which argument, if it is one.
     """
 
     tensor: Tensor
     rows: dict[int, tuple[tuple[str, int], ...]]
     moment: int = 0
+    place: int | str | None = None
 
 
 class Trace(TorchFunctionMode):

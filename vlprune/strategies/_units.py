@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from vlprune.anatomy import Axis, Site, under
 from vlprune.discovery.discover import Units
@@ -43,13 +44,17 @@ def _fault(view: ModelView, axes: Sequence[Axis]) -> str:
 
 
 def _axes(view: ModelView, kind: str) -> Iterator[Axis]:
-    """The proven units as axes with absolute names; what is tied elsewhere is refused."""
-    names: set[str] = set()
+    """The proven units as axes with absolute names; those of tied modules are one axis."""
+    together: dict[Any, list[tuple[Axis, str]]] = collections.defaultdict(list)
     for units in view.discovery.units:
-        if units.kind != kind:
-            continue
-        axis = _absolute(view, units)
-        tied = _tied(view, axis, units.region)
+        if units.kind == kind:
+            axis = _absolute(view, units)
+            key = frozenset((s.tensor, s.dim, s.offset) for s in axis.sites)
+            together[key].append((axis, units.region))
+    names: set[str] = set()
+    for members in together.values():
+        axis = _merged([axis for axis, _ in members])
+        tied = _tied(view, axis, [region for _, region in members])
         if tied:
             view.refuse(axis.gate.modules[0], tied, kind)
             continue
@@ -58,6 +63,29 @@ def _axes(view: ModelView, kind: str) -> Iterator[Axis]:
             axis = dataclasses.replace(axis, name=name)
         names.add(axis.name)
         yield axis
+
+
+def _merged(axes: Sequence[Axis]) -> Axis:
+    """One axis for modules that hold the same tensors, each with its gate, knobs and swaps."""
+    first, *others = axes
+    if not others:
+        return first
+    gates = [axis.gate for axis in axes]
+    scopes = tuple(path for axis in axes for row in axis.scopes for path in row)
+    gate = dataclasses.replace(
+        first.gate,
+        modules=tuple(path for gate in gates for path in gate.modules),
+        norms=tuple(path for gate in gates for path in gate.norms),
+        sites=tuple(dict.fromkeys(site for gate in gates for site in gate.sites)),
+    )
+    return dataclasses.replace(
+        first,
+        gate=gate,
+        knobs=tuple(knob for axis in axes for knob in axis.knobs),
+        swaps=tuple(swap for axis in axes for swap in axis.swaps),
+        scopes=(scopes,) if scopes else (),
+        least=max(axis.least for axis in axes),
+    )
 
 
 def _absolute(view: ModelView, units: Units) -> Axis:
@@ -91,10 +119,13 @@ def _absolute(view: ModelView, units: Units) -> Axis:
     )
 
 
-def _tied(view: ModelView, axis: Axis, region: str) -> str:
+def _tied(view: ModelView, axis: Axis, regions: Sequence[str]) -> str:
     """Why the units cannot go: a tensor of theirs is held by a module elsewhere, too."""
+    if "" in regions:
+        return ""
     for site in axis.sites:
-        others = [n for n in view.tensor_names(site.tensor) if not under(n, region)]
-        if others and region:
+        names = view.tensor_names(site.tensor)
+        others = [n for n in names if not any(under(n, region) for region in regions)]
+        if others:
             return f"units stay: {site.tensor} is tied to {others[0]}"
     return ""

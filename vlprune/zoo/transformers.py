@@ -271,6 +271,12 @@ _OWN: dict[str, dict[str, Any]] = {
         "vision_config": {"hidden_size": 48},
     },
     "Blip2ForImageTextRetrieval": {"qformer_config": {"use_qformer_text_input": True}},
+    "Apertus1p5ForConditionalGeneration": {
+        "image_token_offset": 60,
+        "audio_token_offset": 76,
+        "vision_config": {"codebook_size": 16},
+        "audio_config": {"codebook_dim": 32, "codebook_size": 16},
+    },
     "Blip2Model": {"image_token_index": 90},
     "Blip2ForConditionalGeneration": {"image_token_index": 90},
     "InstructBlipForConditionalGeneration": {"image_token_index": 90},

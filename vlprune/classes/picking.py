@@ -1,0 +1,65 @@
+"""Modules that are handed something for every head, and take what is for the heads that stay.
+
+A relative position bias or a table of rotary angles may be made once, outside, for all layers.
+`vlprune.classes.picking:Picking__PACKAGE__MODULE__CLASS__INPUT__DIM` names a subclass of
+PACKAGE.MODULE.CLASS, made when first asked for, by name, that picks its units along dimension DIM
+of INPUT: the number of an argument, or its name.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlprune.classes._rewriting import imported, is_nameable
+
+KEPT = "vlprune_kept"
+
+
+class Picking(nn.Module):
+    """Hands its class's own forward the part of one input that belongs to the kept units."""
+
+    picked: int | str
+    dim: int
+    vlprune_kept: tuple[int, ...]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See the class itself."""
+        if isinstance(self.picked, int):
+            args = (*args[: self.picked], self._part(args[self.picked]), *args[self.picked + 1 :])
+        else:
+            kwargs = {**kwargs, self.picked: self._part(kwargs[self.picked])}
+        return super().forward(*args, **kwargs)
+
+    def _part(self, whole: Tensor) -> Tensor:
+        kept = torch.tensor(self.vlprune_kept, dtype=torch.long, device=whole.device)
+        return whole.index_select(self.dim, kept)
+
+
+def picking_name(cls: type[nn.Module], place: int | str, dim: int) -> str:
+    """Return the importable name of the picking subclass of `cls`, "" if there can be none."""
+    if not is_nameable(cls) or "__" in str(place):
+        return ""
+    named = f"{cls.__module__}.{cls.__qualname__}".replace(".", "__")
+    return f"{__name__}:Picking__{named}__{place}__{dim}"
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("Picking__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _made(name)
+
+
+@functools.cache
+def _made(name: str) -> type[nn.Module]:
+    _, *parts, place, dim = name.split("__")
+    members = {
+        "__module__": __name__,
+        "__doc__": Picking.__doc__,
+        "picked": int(place) if place.isdigit() else place,
+        "dim": int(dim),
+    }
+    return type(name, (Picking, imported(parts)), members)
