@@ -85,11 +85,33 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(getattr(value, field.name))
 
 
+def answers_of(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors of an output without what is recorded of every layer on the way."""
+    if isinstance(output, Mapping):
+        for key, value in output.items():
+            recorded = key.endswith(("hidden_states", "attentions")) and isinstance(value, tuple)
+            if not recorded:
+                yield from tensors_of(value)
+    else:
+        yield from tensors_of(output)
+
+
 def cast(call: Call, dtype: torch.dtype) -> Call:
     """Return `call` with its floating tensors in `dtype`."""
     replaced = map_tensors(call, lambda t: t.to(dtype) if t.is_floating_point() else t)
     assert isinstance(replaced, Call)
     return replaced
+
+
+@contextmanager
+def float64_default() -> Iterator[None]:
+    """Let what a model makes on its way in the default dtype be float64, as its weights are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

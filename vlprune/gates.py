@@ -64,8 +64,13 @@ class Gates:
         self._ones = dict(self.values)
 
     def __enter__(self) -> Gates:
+        norms: dict[str, list[Axis]] = collections.defaultdict(list)
         for axis in self.axes:
             self._attach(axis)
+            for path in axis.gate.norms:
+                norms[path].append(axis)
+        for path, axes in norms.items():
+            self._attach_norm(axes, self.model.get_submodule(path))
         return self
 
     def __exit__(self, *failure: object) -> None:
@@ -123,8 +128,6 @@ class Gates:
             for path in axis.gate.modules:  # several where they are tied
                 consumer = self.model.get_submodule(path)
                 self._handles.append(consumer.register_forward_pre_hook(self._input_hook(axis)))
-            for path in axis.gate.norms:
-                self._attach_norm(axis, self.model.get_submodule(path))
             return
         if axis.gate.kind == "product":
             for name in dict.fromkeys(site.tensor for site in axis.gate.sites):
@@ -183,8 +186,8 @@ class Gates:
 
         return multiply
 
-    def _attach_norm(self, axis: Axis, norm: nn.Module) -> None:
-        """Let `norm` take its statistics over kept features.
+    def _attach_norm(self, axes: Sequence[Axis], norm: nn.Module) -> None:
+        """Let `norm` take its statistics over features that all `axes` keep.
 
         Over N features of which K stay: input scaled by sqrt(N / K) where it stays, 0 elsewhere,
         has their statistics; the answer is scaled back. A norm that subtracts the mean gets centred
@@ -195,9 +198,14 @@ class Gates:
         def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             scale.clear()
             x = args[0]
-            if self._is_open(axis) or x.shape[-1] % axis.units:
+            gate: Tensor | None = None
+            for axis in axes:
+                once = axis.units * axis.gate.repeats
+                if not self._is_open(axis) and x.shape[-1] % once == 0:
+                    features = self._feature_gate(axis, x, x.shape[-1] // once)
+                    gate = features if gate is None else gate * features
+            if gate is None:
                 return args
-            gate = self._feature_gate(axis, x, x.shape[-1] // axis.units)
             kept = gate.sum(-1, keepdim=True).clamp_min(1)
             if subtracts_mean:
                 x = x - (x * gate).sum(-1, keepdim=True) / kept
@@ -216,7 +224,7 @@ class Gates:
 
     def _branch_hook(self, axis: Axis, unit: int) -> Callable[..., Any]:
         def interpolate(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            out = output[0] if isinstance(output, tuple) else output
+            out = _first(output)
             residual = _residual(axis, args, kwargs)
             if self._tap:
                 self._tap(axis, unit, residual, out)
@@ -229,7 +237,7 @@ class Gates:
                 out = out * gate
             else:  # exact at both ends: the input at 0, the output at 1
                 out = torch.lerp(residual.to(out.dtype), out, gate)
-            return (out, *output[1:]) if isinstance(output, tuple) else out
+            return _with_first(output, out)
 
         return interpolate
 
@@ -264,6 +272,18 @@ def _hook_product(
         module.register_forward_hook(hook) if offered is None else offered(weight, hook)
     )
     return handle
+
+
+def _first(output: Any) -> Tensor:
+    """The first tensor of nested tuples."""
+    while isinstance(output, tuple):
+        output = output[0]
+    assert isinstance(output, Tensor), type(output)
+    return output
+
+
+def _with_first(output: Any, tensor: Tensor) -> Any:
+    return (_with_first(output[0], tensor), *output[1:]) if isinstance(output, tuple) else tensor
 
 
 def _broadcast(gate: Tensor, x: Tensor, dim: int) -> Tensor:

@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlprune.calls import Call, Inputs, calls_of, cast, quiet_eval, run, tensors_of
+from vlprune.calls import (
+    Call,
+    Inputs,
+    answers_of,
+    calls_of,
+    cast,
+    float64_default,
+    quiet_eval,
+    run,
+    tensors_of,
+)
 from vlprune.copies import exact_clone
 from vlprune.errors import LawError
 from vlprune.gates import Gates
@@ -44,12 +54,13 @@ def check_masked_equals_cut(
         quiet_eval(masked64),
         quiet_eval(cut64),
         torch.no_grad(),
+        float64_default(),
         Gates(masked64, plan.axes) as gates,
     ):
         gates.keep(plan.keep)
-        expected = _outputs(masked64, calls)
-        got = _run_cut(cut64, calls, plan, masked64)
-        error = _compare(expected, got)
+        expected = _run(masked64, calls, "masked")
+        got = _run(cut64, calls, "cut")
+        error = relative_error_of_outputs(expected, got)
         if not error <= tolerance:  # a NaN is no agreement either
             module = _first_difference(masked64, cut64, calls, plan, tolerance)
             raise LawError(
@@ -87,41 +98,40 @@ def relative_error(expected: Tensor, got: Tensor) -> float:
 
 
 def relative_error_of_outputs(expected: Any, got: Any) -> float:
-    """Return the largest relative error between two answers of a module.
+    """Return the largest relative error between two answers; inf for none, or another number.
 
-    Attention weights [batch, heads, ...] after the first tensor may have fewer heads.
+    Attention weights [batch, heads, target, source] may have fewer heads, for as long as there is
+    anything else to compare.
     """
-    pairs = list(zip(tensors_of(expected), tensors_of(got), strict=False))
-    if len(list(tensors_of(expected))) != len(list(tensors_of(got))):
+    before, after = list(answers_of(expected)), list(answers_of(got))
+    if len(before) != len(after):
         return float("inf")
-    errors = [
-        relative_error(a, b)
-        for i, (a, b) in enumerate(pairs)
-        if i == 0 or a.shape == b.shape or a.dim() != 4
-    ]
+    pairs = [(a, b) for a, b in zip(before, after, strict=True) if not _lost_heads(a, b)]
+    errors = [relative_error(a, b) for a, b in pairs]
     return max((float("inf") if e != e else e for e in errors), default=float("inf"))
 
 
+def _lost_heads(expected: Tensor, got: Tensor) -> bool:
+    """Say whether these may be attention weights, before and after a cut."""
+    if expected.dim() != 4 or got.dim() != 4:
+        return False
+    (batch, heads, *rest), (batch_, heads_, *rest_) = expected.shape, got.shape
+    return (batch, rest) == (batch_, rest_) and heads_ < heads
+
+
 def _outputs(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
-    return [tensor for call in calls for tensor in tensors_of(run(model, call))]
+    return [tensor for call in calls for tensor in answers_of(run(model, call))]
 
 
-def _run_cut(cut: nn.Module, calls: Sequence[Call], plan: Plan, dense: nn.Module) -> list[Tensor]:
+def _run(model: nn.Module, calls: Sequence[Call], which: str) -> list[Tensor]:
     try:
-        return _outputs(cut, calls)
+        return _outputs(model, calls)
     except Exception as error:
         raise LawError(
-            f"the cut {type(dense).__name__} must run as the masked one does; it raised "
-            f"{type(error).__name__}: {error}. The cut model is not returned.",
-            module=_raising_module(cut, calls),
+            f"the {which} {type(model).__name__} must run in float64; it raised "
+            f"{type(error).__name__}: {error}. Nothing was proven and no cut model is returned.",
+            module=_raising_module(model, calls),
         ) from error
-
-
-def _compare(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    if len(expected) != len(got):
-        return float("inf")
-    errors = [relative_error(a, b) for a, b in zip(expected, got, strict=True)]
-    return max((float("inf") if e != e else e for e in errors), default=0.0)
 
 
 def _first_difference(
@@ -139,7 +149,7 @@ def _first_difference(
         renamed = now[path]
         other = got.get((renamed, visit)) if renamed is not None else None
         comparable = other is not None and [t.shape for t in tensors] == [t.shape for t in other]
-        if comparable and other is not None and not _compare(tensors, other) <= tolerance:
+        if comparable and other and not relative_error_of_outputs(tensors, other) <= tolerance:
             return path
     return ""
 

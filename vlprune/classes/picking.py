@@ -28,15 +28,22 @@ class Picking(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See the class itself."""
-        if isinstance(self.picked, int):
-            args = (*args[: self.picked], self._part(args[self.picked]), *args[self.picked + 1 :])
-        else:
-            kwargs = {**kwargs, self.picked: self._part(kwargs[self.picked])}
-        return super().forward(*args, **kwargs)
-
-    def _part(self, whole: Tensor) -> Tensor:
+        at = self.picked
+        whole: Tensor = args[at] if isinstance(at, int) else kwargs[at]
         kept = torch.tensor(self.vlprune_kept, dtype=torch.long, device=whole.device)
-        return whole.index_select(self.dim, kept)
+        part = whole.index_select(self.dim, kept)
+        if isinstance(at, int):
+            args = (*args[:at], part, *args[at + 1 :])
+        else:
+            kwargs = {**kwargs, at: part}
+        return _handed_on(super().forward(*args, **kwargs), part, whole)
+
+
+def _handed_on(output: Any, part: Tensor, whole: Tensor) -> Any:
+    """The output with the whole input where its part is handed on to the next module."""
+    if isinstance(output, tuple):
+        return tuple(_handed_on(entry, part, whole) for entry in output)
+    return whole if output is part else output
 
 
 def picking_name(cls: type[nn.Module], place: int | str, dim: int) -> str:

@@ -127,7 +127,8 @@ def _variants(
         for one in gated:
             padded = padded_axis(region, one)
             if padded is not None:
-                yield dataclasses.replace(padded, swaps=(*gates, *padded.swaps))
+                cut = tuple(swap for swap in padded.swaps if swap.when == "cut")
+                yield dataclasses.replace(padded, swaps=(*gates, *cut))
 
 
 def _gated(

@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 
 from vlprune.anatomy import Axis, Knob, Refusal, Swap, under
-from vlprune.calls import Call
+from vlprune.calls import Call, float64_default
 from vlprune.discovery.dims import dims_of
-from vlprune.discovery.fit import common_path, fit
+from vlprune.discovery.fit import common_path, fit, fit_padded
 from vlprune.discovery.probe import Coupling, couplings
 from vlprune.discovery.regions import Region, Visit, observe, real_call, regions_of, replica
 from vlprune.errors import TraceError
@@ -31,10 +31,13 @@ class Units:
     Attributes:
         region: path of the region, "" for the model itself.
         axis: with tower and depth left open.
+        fallback: the same units cut from linear layers alone, all around them at full width, where
+            that was proven, too: what others outside of the region count on stays.
     """
 
     region: str
     axis: Axis
+    fallback: Axis | None = None
 
     @property
     def kind(self) -> str:
@@ -143,6 +146,17 @@ def _prove(
     layouts: Mapping[str, AttentionLayout],
 ) -> tuple[list[Units], list[Refusal]]:
     """Probe one region; return its units and what is left whole, relative to it."""
+    with float64_default():
+        return _proven(model, path, call, inner, layouts)
+
+
+def _proven(
+    model: nn.Module,
+    path: str,
+    call: Call,
+    inner: Sequence[str],
+    layouts: Mapping[str, AttentionLayout],
+) -> tuple[list[Units], list[Refusal]]:
     here = {_relative(p, path): row for p, row in layouts.items() if not path or under(p, path)}
     module = replica(model.get_submodule(path))
     for place, row in here.items():
@@ -166,7 +180,8 @@ def _prove(
         swaps = _swaps(coupling, here)
         fitted = refused or fit(module, real_call(call), coupling, swaps, tuple(lists))
         if isinstance(fitted, Axis):
-            units.append(Units(region="", axis=fitted))
+            fallback = fit_padded(module, real_call(call), fitted)
+            units.append(Units(region="", axis=fitted, fallback=fallback))
         else:
             what = "heads" if coupling.kind == "head" else "neurons"
             reason = f"{what} stay: {fitted}"

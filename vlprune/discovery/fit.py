@@ -71,12 +71,17 @@ def fit(
             reason = reason or fault
             if time.monotonic() > deadline:
                 return f"{reason} (and nothing else that was tried in {_MOST_SECONDS:g} s)"
-    padded = padded_axis(region, plain)
-    if padded is not None and not swaps:
-        bench = Bench(region, call, padded)
-        if not bench.fault(()):
-            return _with_least(bench, padded)
-    return reason
+    padded = fit_padded(region, call, plain)
+    return reason if padded is None else padded
+
+
+def fit_padded(region: nn.Module, call: Call, axis: Axis) -> Axis | None:
+    """Return the axis cut from its linear layers alone, if it can be; see `padded_axis`."""
+    padded = padded_axis(region, axis)
+    if padded is None or padded.swaps == axis.swaps:
+        return None
+    bench = Bench(region, call, padded)
+    return None if bench.fault(()) else _with_least(bench, padded)
 
 
 def _picks(region: nn.Module, coupling: Coupling) -> tuple[Swap, ...]:
@@ -137,7 +142,8 @@ def padded_axis(region: nn.Module, axis: Axis) -> Axis | None:
     if not matrices:
         return None
     sites = tuple(site for site in axis.sites if site.tensor.rpartition(".")[0] in matrices)
-    swaps = tuple(Swap(module=path, to=PADDED, when="cut") for path in sorted(matrices))
+    gates = [swap for swap in axis.swaps if swap.when == "gate"]
+    swaps = (*gates, *(Swap(module=path, to=PADDED, when="cut") for path in sorted(matrices)))
     gate = dataclasses.replace(axis.gate, norms=())
     return dataclasses.replace(axis, sites=sites, swaps=swaps, gate=gate, knobs=(), scopes=())
 

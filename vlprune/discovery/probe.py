@@ -13,7 +13,7 @@ assumed here about class names.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -175,7 +175,7 @@ def _coupling(trace: Trace, path: str, uses: Sequence[Use]) -> tuple[Coupling | 
     waiting = [features, *counts]
     while waiting:
         units = waiting.pop(0)
-        codes = _decode(alive, sources, units)
+        codes = _decode(alive, sources, units, counts)
         if isinstance(codes, str):
             if codes == _RESIDUAL and units == features:
                 return "", []
@@ -209,7 +209,7 @@ def _coupling(trace: Trace, path: str, uses: Sequence[Use]) -> tuple[Coupling | 
         if attends:
             coupling = _with_values(coupling, alive, sources)
         return coupling, moments if attends or coupling.block > 1 else []
-    return (reason, moments) if mixers else ("", [])
+    return (reason, moments) if mixers and reason != _GIVEN else ("", [])
 
 
 def _with_values(coupling: Coupling, uses: Sequence[Use], sources: Sequence[Source]) -> Coupling:
@@ -310,7 +310,9 @@ class _Rows:
         return torch.where(self.dead, _DEAD, code)
 
 
-def _decode(uses: Sequence[Use], sources: Sequence[Source], units: int) -> _Codes | str:
+def _decode(
+    uses: Sequence[Use], sources: Sequence[Source], units: int, heads: Collection[int]
+) -> _Codes | str:
     """The unit of every row of every source, or why this split is none."""
     generator = torch.Generator().manual_seed(units)
     noise = [torch.randn(u.x.shape, generator=generator, dtype=u.x.dtype) for u in uses]
@@ -328,7 +330,7 @@ def _decode(uses: Sequence[Use], sources: Sequence[Source], units: int) -> _Code
         zero = _reaches(uses, sources, noise, ~has_bit)
         for (number, dim), row in rows.items():
             row.add_bit(bit, one[number](dim), zero[number](dim))
-        fault = _fault(sources, rows, units, features)
+        fault = _fault(sources, rows, units, features, heads)
         if fault:
             return fault
     for unit in {0, units // 2}:
@@ -337,7 +339,7 @@ def _decode(uses: Sequence[Use], sources: Sequence[Source], units: int) -> _Code
             row.add_unit(unit, reached[number](dim))
     codes = {key: row.units() for key, row in rows.items()}
     assert all(int(code.max()) < units for code in codes.values() if len(code)), units
-    return _fault(sources, rows, units, features) or codes
+    return _fault(sources, rows, units, features, heads) or codes
 
 
 def _fault(
@@ -345,6 +347,7 @@ def _fault(
     rows: Mapping[tuple[int, int], _Rows],
     units: int,
     features: int,
+    heads: Collection[int],
 ) -> str:
     for (number, _), row in rows.items():
         source = sources[number]
@@ -354,7 +357,7 @@ def _fault(
         alone = not source.rows and bool((row.single & ~row.everywhere & ~row.dead).any())
         is_per_unit = source.place is not None and len(row.single) == units != features
         if alone and not is_per_unit:
-            return _RESIDUAL if len(row.single) % features == 0 else _GIVEN
+            return _GIVEN if len(row.single) in heads else _RESIDUAL
     return ""
 
 

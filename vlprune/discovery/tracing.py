@@ -211,6 +211,8 @@ class Trace(TorchFunctionMode):
 
     def identity(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """An activation without its flat parts, where a gradient would be lost."""
+        if not x.is_floating_point():
+            return func(x, *args, **kwargs)  # type: ignore[no-any-return]
         return x * 1.0
 
     def layer_norm(

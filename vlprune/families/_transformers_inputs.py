@@ -338,7 +338,11 @@ def _input_features(scene: Scene) -> Tensor | None:
 
 def _input_values(scene: Scene) -> Tensor | None:
     sound = _sound(scene)
-    return None if sound is None else scene.noise(scene.batch, 4 * sound.samples_per_token)
+    if sound is None:
+        return None
+    ratios = getattr(sound, "upsampling_ratios", ())
+    samples = getattr(sound, "samples_per_token", math.prod(ratios))
+    return scene.noise(scene.batch, 4 * samples)
 
 
 def _audio_input_ids(scene: Scene) -> Tensor | None:

@@ -16,16 +16,20 @@ from vlprune.plan import PlanRow
 
 def axes_of_kind(view: ModelView, kind: str) -> Iterator[Axis]:
     """Yield an axis for every row of units of this kind that holds in the whole model."""
-    axes = list(_axes(view, kind))
-    if not _fault(view, _samples(axes)):
-        yield from axes
+    pairs = list(_axes(view, kind))
+    if not _fault(view, _samples([axis for axis, _ in pairs])):
+        yield from (axis for axis, _ in pairs)
         return
-    for axis in axes:  # something outside of a region counts on its units: find out where
-        reason = _fault(view, [axis])
-        if reason:
-            view.refuse(axis.gate.modules[0], f"units stay: {reason}", kind)
+    kept: list[Axis] = []
+    for axis, fallback in pairs:  # something outside of a region counts on its units: find where
+        reason = _fault(view, [*_samples(kept), axis])
+        if not reason:
+            kept.append(axis)
+        elif fallback is not None and not _fault(view, [*_samples(kept), fallback]):
+            kept.append(fallback)
         else:
-            yield axis
+            view.refuse(axis.gate.modules[0], f"units stay: {reason}", kind)
+    yield from kept
 
 
 def _samples(axes: Sequence[Axis]) -> list[Axis]:
@@ -39,22 +43,27 @@ def _samples(axes: Sequence[Axis]) -> list[Axis]:
 
 
 def _fault(view: ModelView, axes: Sequence[Axis]) -> str:
-    rows = [PlanRow(axis=a, keep=tuple(range(1, a.units))) for a in axes if a.units > 1]
+    rows = [PlanRow(axis=a, keep=_uneven(a, i)) for i, a in enumerate(axes) if a.units > 1]
     return fault_of(view.model, view.calls, rows) if rows else ""
 
 
-def _axes(view: ModelView, kind: str) -> Iterator[Axis]:
-    """The proven units as axes with absolute names; those of tied modules are one axis."""
-    together: dict[Any, list[tuple[Axis, str]]] = collections.defaultdict(list)
+def _uneven(axis: Axis, number: int) -> tuple[int, ...]:
+    """What to keep in a trial: another number of units on one axis than on the next."""
+    gone = {(number + i) % axis.units for i in range(1 + number % max(axis.units // 2, 1))}
+    return tuple(unit for unit in range(axis.units) if unit not in gone)
+
+
+def _axes(view: ModelView, kind: str) -> Iterator[tuple[Axis, Axis | None]]:
+    """The proven units and their fallbacks, names absolute; those of tied modules are one axis."""
+    together: dict[Any, list[Units]] = collections.defaultdict(list)
     for units in view.discovery.units:
         if units.kind == kind:
-            axis = _absolute(view, units)
-            key = frozenset((s.tensor, s.dim, s.offset) for s in axis.sites)
-            together[key].append((axis, units.region))
+            sites = _absolute(view, units.region, units.axis).sites
+            together[frozenset((s.tensor, s.dim, s.offset) for s in sites)].append(units)
     names: set[str] = set()
     for members in together.values():
-        axis = _merged([axis for axis, _ in members])
-        tied = _tied(view, axis, [region for _, region in members])
+        axis = _merged([_absolute(view, units.region, units.axis) for units in members])
+        tied = _tied(view, axis, [units.region for units in members])
         if tied:
             view.refuse(axis.gate.modules[0], tied, kind)
             continue
@@ -62,7 +71,9 @@ def _axes(view: ModelView, kind: str) -> Iterator[Axis]:
             name = f"{axis.gate.modules[0]}:{axis.name.rpartition(':')[2]}"
             axis = dataclasses.replace(axis, name=name)
         names.add(axis.name)
-        yield axis
+        padded = [_absolute(view, u.region, u.fallback) for u in members if u.fallback is not None]
+        fallback = _merged(padded) if len(padded) == len(members) else None
+        yield axis, fallback and dataclasses.replace(fallback, name=axis.name)
 
 
 def _merged(axes: Sequence[Axis]) -> Axis:
@@ -88,17 +99,16 @@ def _merged(axes: Sequence[Axis]) -> Axis:
     )
 
 
-def _absolute(view: ModelView, units: Units) -> Axis:
-    """The axis with all names from the model's root, its tower and depth."""
+def _absolute(view: ModelView, region: str, axis: Axis) -> Axis:
+    """The axis of a region with all names from the model's root, its tower and depth."""
 
     def at(path: str) -> str:
-        return ".".join(part for part in (units.region, path) if part)
+        return ".".join(part for part in (region, path) if part)
 
     def site_at(site: Site) -> Site:
         first, *_ = view.tensor_names(at(site.tensor))
         return dataclasses.replace(site, tensor=first)
 
-    axis = units.axis
     gate = dataclasses.replace(
         axis.gate,
         modules=tuple(map(at, axis.gate.modules)),

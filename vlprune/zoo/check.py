@@ -16,7 +16,7 @@ from torch import nn
 from vlprune.anatomy import Anatomy
 from vlprune.calls import Inputs, calls_of, run, tensors_of
 from vlprune.dissect import default_inputs, dissect
-from vlprune.errors import UnsupportedModelError
+from vlprune.errors import LawError, UnsupportedModelError
 from vlprune.law import relative_error
 from vlprune.pipeline import mask, prune
 from vlprune.plan import Plan, make_plan
@@ -96,7 +96,9 @@ def _checked(entry: Entry, row: Row) -> Row:
         return dataclasses.replace(row, params=params, outcomes=outcomes)
     outcomes = {kind: _outcome(model, anatomy, inputs, kind) for kind in STRATEGIES}
     row = dataclasses.replace(row, params=params, outcomes=outcomes)
-    small = prune(model, make_plan(anatomy, random_keep(anatomy, 2)), inputs)
+    plan = make_plan(anatomy, random_keep(anatomy, 2))
+    proven = all(o.error is not None for o in outcomes.values() if o.axes)
+    small = prune(model, plan, inputs, verify=proven)
     return dataclasses.replace(row, reloads=_reloads(small, entry))
 
 
@@ -111,7 +113,11 @@ def _outcome(model: nn.Module, anatomy: Anatomy, inputs: Inputs, kind: str) -> O
     errors, moved = [], 0.0
     for seed in (0, 1):
         plan = make_plan(anatomy, random_keep(chosen, seed))
-        error = record_of(prune(model, plan, inputs)).relative_error
+        try:
+            error = record_of(prune(model, plan, inputs)).relative_error
+        except LawError as unproven:
+            said = str(unproven).partition("\n")[0]
+            return Outcome(axes=len(chosen.axes), refused=(f"{unproven.module}: {said}", *refused))
         errors.append(float("inf") if error is None else error)
         moved = max(moved, _moved(model, plan, inputs))
     return Outcome(

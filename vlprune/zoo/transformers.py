@@ -487,6 +487,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "vision_config": {"scale_factor": 2, "deepstack_visual_indexes": [0, 1, 2]}
     },
     "InstructBlipVideoForConditionalGeneration": {"video_token_index": 90},
+    "HYV4VLForConditionalGeneration": {"text_config": _mrope(2, 1, 1)},
     "JanusForConditionalGeneration": {
         "vision_config": {"projection_dim": 48, "num_image_tokens": 16, "depth": 2},
         "vq_config": {
@@ -662,7 +663,10 @@ _EAGER = frozenset(
         "got_ocr2",
         "grounding-dino",
         "groupvit",
+        "apertus1p5",
+        "hy_v4_vl",
         "inkling2",
+        "inkling2_loop",
         "lxmert",
         "mask2former",
         "maskformer",
