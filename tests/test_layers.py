@@ -16,6 +16,7 @@ RANKS = {
     "calls": 1,
     "registry": 1,
     "copies": 2,
+    "shapes": 2,
     "layout": 2,
     "plan": 2,
     "classes": 3,

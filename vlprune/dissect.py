@@ -31,6 +31,7 @@ from vlprune.discovery.discover import Discovery, discover
 from vlprune.errors import TraceError, UnsupportedModelError
 from vlprune.layout import BlockLayout, Family, family_of, is_a
 from vlprune.registry import FAMILIES, STRATEGIES
+from vlprune.shapes import QuickShapes
 
 TOWERS = ("vision", "text", "fusion", "decoder")
 
@@ -190,7 +191,7 @@ def _operations(
     path = _ModulePath(model)
     recorder = _Recorder(model, axes, path)
     try:
-        with quiet_eval(model), countable_kernels(), path, recorder:
+        with quiet_eval(model), countable_kernels(), path, QuickShapes(), recorder:
             for call in calls:
                 run(model, call)
     except Exception as error:

@@ -197,7 +197,7 @@ def make_plan(
         PlanError: naming every axis that is unknown or whose units are out of range or repeated.
     """
     axes = {axis.name: axis for axis in anatomy.axes}
-    keep = {name: tuple(map(_whole, units)) for name, units in keep.items()}
+    keep = {name: _whole_units(units) for name, units in keep.items()}
     faults = [_keep_fault(axes.get(name), name, units) for name, units in keep.items()]
     found = [fault for fault in faults if fault]
     if found:
@@ -215,6 +215,12 @@ def make_plan(
         planned=planned,
         made_by={**(made_by or {}), "versions": versions()},
     )
+
+
+def _whole_units(units: tuple[Any, ...]) -> tuple[int, ...]:
+    if all(type(unit) is int for unit in units):
+        return tuple(units)
+    return tuple(map(_whole, units))
 
 
 def _whole(unit: Any) -> int:

@@ -1,42 +1,57 @@
-"""From an order of removal to a plan: remove the first units until the budget is met."""
+"""From an order of removal to a plan: remove the first units until the budget is met.
+
+The units of all axes have one row of numbers, axis by axis in the order of the anatomy.
+"""
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vlprune.anatomy import Anatomy
 from vlprune.cost import absolute_budget, fits, price
 from vlprune.errors import BudgetError
 from vlprune.plan import Scores
 
-Unit = tuple[str, int]
+Numbers: TypeAlias = NDArray[np.int64]
 
 
-def removable(scores: Scores, min_units: int) -> set[Unit]:
-    """Return the units that may go when every axis keeps its `min_units` best."""
-    units: set[Unit] = set()
+def removable(scores: Scores, min_units: int) -> NDArray[np.bool_]:
+    """Return which units [all units] may go when every axis keeps its `min_units` best."""
+    allowed = []
     for axis in scores.anatomy.axes:
-        ascending = ranked(scores, axis.name)
         free = max(axis.units - max(min_units, axis.least), 0)
-        units.update((axis.name, unit) for unit in ascending[:free])
-    return units
+        allowed.append(ranks(scores, axis.name) < free)
+    return np.concatenate(allowed)
 
 
-def ranked(scores: Scores, axis: str) -> list[int]:
-    """Return the units of an axis from the least to the most important; ties by index."""
-    values = scores.values[axis]
-    return sorted(range(len(values)), key=values.__getitem__)
+def ranks(scores: Scores, axis: str) -> Numbers:
+    """Return the rank of every unit of an axis, 0 for the least important; ties by index."""
+    order = np.argsort(np.asarray(scores.values[axis]), kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return rank
 
 
 def keep_within(
-    scores: Scores, order: Sequence[Unit], budget: Mapping[str, float]
+    scores: Scores, worth: NDArray[Any], min_units: int, budget: Mapping[str, float]
 ) -> dict[str, tuple[int, ...]]:
-    """Return what stays when the shortest prefix of `order` that meets `budget` is removed.
+    """Return what stays when units go, least worth first, until `budget` is met.
+
+    Args:
+        scores: with the anatomy.
+        worth: of every unit [all units]; ties by number.
+        min_units: at least so many units stay on every axis.
+        budget: see `cost.absolute_budget`.
 
     Raises:
-        BudgetError: if all of `order` is not enough.
+        BudgetError: if all that may go is not enough.
     """
+    order = np.argsort(worth, kind="stable")
+    order = order[removable(scores, min_units)[order]]
     anatomy = scores.anatomy
     limits = absolute_budget(anatomy, budget)
     few, many = 0, len(order)
@@ -57,11 +72,12 @@ def keep_within(
     return _keep(anatomy, order[:few])
 
 
-def _keep(anatomy: Anatomy, removed: Sequence[Unit]) -> dict[str, tuple[int, ...]]:
-    gone: dict[str, set[int]] = collections.defaultdict(set)
-    for axis, unit in removed:
-        gone[axis].add(unit)
+def _keep(anatomy: Anatomy, removed: Numbers) -> dict[str, tuple[int, ...]]:
+    ends = np.cumsum([axis.units for axis in anatomy.axes])
+    stays = np.ones(ends[-1], dtype=bool)
+    stays[removed] = False
+    rows = np.split(stays, ends[:-1])
     return {
-        axis.name: tuple(unit for unit in range(axis.units) if unit not in gone[axis.name])
-        for axis in anatomy.axes
+        axis.name: tuple(np.flatnonzero(row).tolist())
+        for axis, row in zip(anatomy.axes, rows, strict=True)
     }

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vlprune.allocation._ranking import keep_within, removable
+import numpy as np
+
+from vlprune.allocation._ranking import keep_within
 from vlprune.anatomy import Anatomy, Axis
 from vlprune.cost import price
 from vlprune.plan import Cost, Scores
@@ -29,17 +31,14 @@ def global_ranking(
     Raises:
         BudgetError: if the budget cannot be met.
     """
-    allowed = removable(scores, min_units)
     resource = "macs" if set(budget) == {"macs"} else "params"
     dense = price(scores.anatomy, {})
-    order = []
-    for place, axis in enumerate(scores.anatomy.axes):
-        savings = _savings(scores.anatomy, axis, dense, resource)
-        for unit, value in enumerate(scores.values[axis.name]):
-            if (axis.name, unit) in allowed:
-                order.append((value / max(savings[unit], 1), place, (axis.name, unit)))
-    order.sort()
-    return keep_within(scores, [unit for *_, unit in order], budget)
+    worth = [
+        np.asarray(scores.values[axis.name])
+        / np.maximum(_savings(scores.anatomy, axis, dense, resource), 1)
+        for axis in scores.anatomy.axes
+    ]
+    return keep_within(scores, np.concatenate(worth), min_units, budget)
 
 
 def _savings(anatomy: Anatomy, axis: Axis, dense: Cost, resource: str) -> list[float]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vlprune.allocation._ranking import keep_within, ranked, removable
+import numpy as np
+
+from vlprune.allocation._ranking import keep_within, ranks
 from vlprune.plan import Scores
 from vlprune.registry import ALLOCATIONS
 
@@ -26,11 +28,5 @@ def uniform(
     Raises:
         BudgetError: if the budget cannot be met.
     """
-    allowed = removable(scores, min_units)
-    order = []
-    for place, axis in enumerate(scores.anatomy.axes):
-        for rank, unit in enumerate(ranked(scores, axis.name)):
-            if (axis.name, unit) in allowed:
-                order.append(((rank + 0.5) / axis.units, place, (axis.name, unit)))
-    order.sort()
-    return keep_within(scores, [unit for *_, unit in order], budget)
+    shares = [(ranks(scores, axis.name) + 0.5) / axis.units for axis in scores.anatomy.axes]
+    return keep_within(scores, np.concatenate(shares), min_units, budget)

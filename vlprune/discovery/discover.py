@@ -19,7 +19,15 @@ from vlprune.calls import Call, float64_default
 from vlprune.discovery.dims import dims_of
 from vlprune.discovery.fit import common_path, fit, fit_padded
 from vlprune.discovery.probe import Coupling, couplings
-from vlprune.discovery.regions import Region, Visit, observe, real_call, regions_of, replica
+from vlprune.discovery.regions import (
+    Region,
+    Visit,
+    observe,
+    real_call,
+    regions_of,
+    replica,
+    short_call,
+)
 from vlprune.errors import TraceError
 from vlprune.layout import AttentionLayout, resolve
 
@@ -163,6 +171,7 @@ def _proven(
         if row.gate:
             module.get_submodule(place).__class__ = resolve(row.gate)
     try:
+        call = short_call(module, real_call(call))
         found, obstacles = couplings(module, real_call(call), inner)
     except Exception as error:  # whatever a stranger's forward raises on a copy of its own call
         said = str(error).partition("\n")[0]

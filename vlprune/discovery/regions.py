@@ -20,6 +20,9 @@ from vlprune.anatomy import under
 from vlprune.calls import Call, map_tensors, quiet_eval, run, tensors_of
 from vlprune.copies import drop_caches, shared_copy, use_exact_kernels
 from vlprune.cutting import LAYER_INDICES
+from vlprune.shapes import QuickShapes
+
+_FEW_TOKENS = 9
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -154,7 +157,7 @@ def observe(
         module = model.get_submodule(path)
         handles.append(module.register_forward_hook(keep_shapes(path), with_kwargs=True))
     try:
-        with quiet_eval(model), torch.no_grad():
+        with quiet_eval(model), torch.no_grad(), QuickShapes():
             for call in calls:
                 run(model, call)
     finally:
@@ -220,6 +223,35 @@ def _is_real(tensor: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor  # lazy: spares start-up time
 
     return not tensor.is_meta and not isinstance(tensor, FakeTensor)
+
+
+def short_call(module: nn.Module, call: Call) -> Call:
+    """Return `call` with few tokens, if `module` computes with them; else `call` itself.
+
+    What a block's rows feed does not depend on how many tokens there are. The tokens are the rows
+    of the first floating input [batch, tokens, width].
+    """
+    first = next((t for t in tensors_of((call.args, call.kwargs)) if t.is_floating_point()), None)
+    if first is None or first.dim() != 3:
+        return call
+    tokens, width = first.shape[1:]
+    if tokens <= 2 * _FEW_TOKENS or tokens == width:
+        return call
+
+    def shorten(tensor: Tensor) -> Tensor:
+        for dim, size in enumerate(tensor.shape):
+            if size == tokens:
+                tensor = tensor.narrow(dim, 0, _FEW_TOKENS)
+        return tensor.contiguous()
+
+    shortened = map_tensors(call, shorten)
+    assert isinstance(shortened, Call)
+    try:
+        with torch.no_grad():
+            answer = next(tensors_of(run(shared_copy(module), shortened)))
+    except Exception:  # it counts its tokens
+        return call
+    return shortened if answer.shape[:2] == (first.shape[0], _FEW_TOKENS) else call
 
 
 def real_call(call: Call, seed: int = 0) -> Call:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from vlprune.anatomy import Axis, Gate, Knob, Swap
 from vlprune.classes.passing import passing_names
 from vlprune.discovery.discover import Stack
-from vlprune.discovery.skip import fault, keeps_to_try, knob_sets
+from vlprune.discovery.skip import fault, has_data, keeps_to_try, knob_sets
 from vlprune.dissect import ModelView
 from vlprune.registry import STRATEGIES
 
@@ -32,7 +32,7 @@ def _tried(view: ModelView, stack: Stack) -> Iterator[Axis]:
     candidates = _candidates(view, stack)
     reasons = []
     for axis in candidates:
-        keeps = keeps_to_try(axis.units)
+        keeps = keeps_to_try(axis.units, has_data(view.model))
         reason = next((found for keep in keeps if (found := _fault(view, axis, keep))), "")
         reasons.append(reason)
         if not reason:
@@ -84,7 +84,8 @@ def _narrowed(view: ModelView, axis: Axis) -> tuple[Axis, list[tuple[str, str]]]
         scopes=tuple(axis.scopes[unit] for unit in free),
         swaps=tuple(axis.swaps[u] for u in free) if axis.removal == "bypass" else axis.swaps,
     )
-    if any(_fault(view, some, keep) for keep in keeps_to_try(some.units)):
+    keeps = keeps_to_try(some.units, has_data(view.model))
+    if any(_fault(view, some, keep) for keep in keeps):
         return None
     return some, [(axis.gate.modules[u], reason) for u, reason in faults.items() if reason]
 
