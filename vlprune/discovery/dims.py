@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlprune.anatomy import Axis, Gate, Growth, Site, Swap
 from vlprune.calls import Call
 from vlprune.classes.split import split_names
-from vlprune.discovery.fit import axis_of, common_path, fit_any, padded_axis
+from vlprune.discovery.fit import axis_of, fit_any, padded_axis
 from vlprune.discovery.probe import Coupling
 
 Part = tuple[str, Growth]
@@ -47,7 +47,8 @@ def dims_of(
             yield part, f"dimensions stay: its {part} rows lie in no matrix of their own"
             continue
         swaps = _ways(region, heads, taken_on)
-        variants = _variants(region, coupling, part, growth, width, sites, swaps)
+        plain = axis_of(coupling, heads.path)
+        variants = _variants(region, coupling, plain, part, growth, width, sites, swaps)
         found = fit_any(region, call, variants)
         yield part, found if isinstance(found, Axis) else f"dimensions stay: {found}"
 
@@ -94,6 +95,7 @@ def _owner(site: Site) -> str:
 def _variants(
     region: nn.Module,
     coupling: Coupling,
+    heads: Axis,
     part: str,
     growth: Growth,
     width: int,
@@ -101,7 +103,6 @@ def _variants(
     ways: Sequence[tuple[Swap, ...]],
 ) -> Iterator[Axis]:
     """Ways in which these dimensions may go, the best first."""
-    heads = axis_of(coupling)
     gates = tuple(swap for swap in ways[0] if swap.when == "gate")
     for grouping in _PAIRS if part == "qk" else _PAIRS[:1]:
         if grouping != "single" and width % 2:
@@ -112,7 +113,7 @@ def _variants(
         columns = _spread(consumer, coupling.units, width, grouping) if part == "v" else ()
         axis = dataclasses.replace(
             heads,
-            name=f"{common_path(coupling)}:head_dim.{part}",
+            name=f"{heads.path}:head_dim.{part}",
             kind="head_dim",
             units=units,
             sites=(*rows, *columns),

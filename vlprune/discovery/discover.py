@@ -9,6 +9,7 @@ what they were given: each may go.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -71,11 +72,12 @@ class Stack:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Discovery:
-    """All that was found in a model."""
+    """All that was found in a model; `seconds` is how long it takes to run."""
 
     units: tuple[Units, ...]
     stacks: tuple[Stack, ...]
     refusals: tuple[Refusal, ...]
+    seconds: float
 
 
 def discover(
@@ -95,6 +97,7 @@ def discover(
     regions = regions_of(model)
     items = [path for path, _ in _list_items(model)]
     watched = list(dict.fromkeys([*(region.path for region in regions), *items]))
+    begin = time.monotonic()
     try:
         first, visits = observe(model, calls, regions, watched)
     except Exception as error:  # whatever a stranger's forward raises
@@ -103,6 +106,7 @@ def discover(
             f"{type(model).__name__} must run on the example inputs; it raised "
             f"{type(error).__name__}: {said}. Check their number, shapes and dtypes."
         ) from error
+    seconds = time.monotonic() - begin
     units: list[Units] = []
     refusals: list[Refusal] = []
     proven: dict[Any, tuple[list[Units], list[Refusal]]] = {}
@@ -127,6 +131,7 @@ def discover(
         units=tuple(units),
         stacks=tuple(_stacks(model, visits, holders)),
         refusals=tuple(refusals),
+        seconds=seconds,
     )
 
 
@@ -187,7 +192,8 @@ def _proven(
         holding = _holding(coupling, here)
         lists = [Knob(module=p, attribute=name) for p in holding for name in here[p].lists]
         swaps = _swaps(coupling, here)
-        fitted = refused or fit(module, real_call(call), coupling, swaps, tuple(lists))
+        holder = next(iter(holding), common_path(coupling))
+        fitted = refused or fit(module, real_call(call), coupling, holder, swaps, tuple(lists))
         if isinstance(fitted, Axis):
             fallback = fit_padded(module, real_call(call), fitted)
             units.append(Units(region="", axis=fitted, fallback=fallback))
@@ -201,8 +207,7 @@ def _proven(
                 if isinstance(axis, Axis):
                     units.append(Units(region="", axis=axis))
                 else:
-                    place = common_path(coupling)
-                    refusals.append(Refusal(module=place, reason=axis, kind="head_dim"))
+                    refusals.append(Refusal(module=holder, reason=axis, kind="head_dim"))
     if any(entry.kind == "ffn" for entry in units):  # the others: a table, a stream of its own
         refusals = [refusal for refusal in refusals if refusal.kind != "ffn"]
     return units, refusals

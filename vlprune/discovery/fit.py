@@ -39,6 +39,7 @@ def fit(
     region: nn.Module,
     call: Call,
     coupling: Coupling,
+    holder: str,
     swaps: tuple[Swap, ...] = (),
     lists: tuple[Knob, ...] = (),
 ) -> Axis | str:
@@ -48,6 +49,7 @@ def fit(
         region: a real float64 replica.
         call: how it is called.
         coupling: what its probe found.
+        holder: the module that the axis is named after.
         swaps: classes to take on that are known beforehand.
         lists: attributes of those classes that follow for certain.
 
@@ -55,7 +57,7 @@ def fit(
         The axis, all names relative to the region; tower and depth are left open.
     """
     reason = ""
-    plain = axis_of(coupling, swaps)
+    plain = axis_of(coupling, holder, swaps)
     picks = _picks(region, coupling)
     deadline = time.monotonic() + _MOST_SECONDS
     for axis, fixed in _widths(region, coupling, plain, lists):
@@ -195,9 +197,8 @@ def _again(call: Call) -> Call:
     )
 
 
-def axis_of(coupling: Coupling, swaps: tuple[Swap, ...] = ()) -> Axis:
+def axis_of(coupling: Coupling, holder: str, swaps: tuple[Swap, ...] = ()) -> Axis:
     """Return the coupling as an axis with names relative to its region."""
-    holder = common_path(coupling)
     return Axis(
         name=f"{holder}:{coupling.kind}",
         kind=coupling.kind,

@@ -85,19 +85,19 @@ def has_data(model: nn.Module) -> bool:
     return not any(parameter.is_meta for parameter in model.parameters())
 
 
-def keeps_to_try(units: int, compares: bool = True) -> Iterator[tuple[int, ...]]:
-    """Yield what to keep in a trial: some without either end; and one end alone, all but one end.
+def keeps_to_try(units: int, thorough: bool = True) -> Iterator[tuple[int, ...]]:
+    """Yield what to keep in a trial: some without either end.
 
-    Only the first where nothing is compared.
+    If it is to be thorough also one end alone, and all but one end.
     """
     everything = tuple(range(units))
     inner = everything[1:-1]
     draw = random.Random(units)
     kept = [tuple(sorted(draw.sample(inner, (len(inner) + 1) // 2))), everything[1:]]
-    if compares:
+    if thorough:
         kept += [everything[-1:], everything[:1], everything[:-1]]
     found = dict.fromkeys(keep for keep in kept if len(keep) < units and (keep or units == 1))
-    yield from list(found)[: None if compares else 1]
+    yield from list(found)[: None if thorough else 1]
 
 
 def knob_sets(model: nn.Module, stack: str, depth: int) -> list[tuple[Knob, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from vlprune.plan import PlanRow
 def axes_of_kind(view: ModelView, kind: str) -> Iterator[Axis]:
     """Yield an axis for every row of units of this kind that holds in the whole model."""
     pairs = list(_axes(view, kind))
-    if not _fault(view, _samples([axis for axis, _ in pairs])):
+    if _all_hold(view) or not _fault(view, _samples([axis for axis, _ in pairs])):
         yield from (axis for axis, _ in pairs)
         return
     kept: list[Axis] = []
@@ -30,6 +31,16 @@ def axes_of_kind(view: ModelView, kind: str) -> Iterator[Axis]:
         else:
             view.refuse(axis.gate.modules[0], f"units stay: {reason}", kind)
     yield from kept
+
+
+@functools.lru_cache(maxsize=1)
+def _all_hold(view: ModelView) -> bool:
+    """Say whether units of all kinds can go together: one trial where all is well."""
+    quiet = ModelView(view.model, view.calls)  # what it refuses is refused kind by kind
+    quiet.discovery = view.discovery
+    kinds = {units.kind for units in view.discovery.units}
+    axes = [axis for kind in sorted(kinds) for axis, _ in _axes(quiet, kind)]
+    return not _fault(quiet, _samples(axes))
 
 
 def _samples(axes: Sequence[Axis]) -> list[Axis]:

@@ -15,6 +15,8 @@ from vlprune.discovery.skip import fault, has_data, keeps_to_try, knob_sets
 from vlprune.dissect import ModelView
 from vlprune.registry import STRATEGIES
 
+_QUICK_SECONDS = 0.5
+
 
 @STRATEGIES.register("layer")
 def layers(view: ModelView) -> Iterator[Axis]:
@@ -32,7 +34,7 @@ def _tried(view: ModelView, stack: Stack) -> Iterator[Axis]:
     candidates = _candidates(view, stack)
     reasons = []
     for axis in candidates:
-        keeps = keeps_to_try(axis.units, has_data(view.model))
+        keeps = keeps_to_try(axis.units, _is_quick(view))
         reason = next((found for keep in keeps if (found := _fault(view, axis, keep))), "")
         reasons.append(reason)
         if not reason:
@@ -48,6 +50,11 @@ def _tried(view: ModelView, stack: Stack) -> Iterator[Axis]:
     for path, reason in faults:
         view.refuse(path, f"the layer stays: {reason}", "layer")
     yield axis
+
+
+def _is_quick(view: ModelView) -> bool:
+    """Say whether the model runs fast enough for many trials."""
+    return has_data(view.model) and view.discovery.seconds < _QUICK_SECONDS
 
 
 def _depth(view: ModelView, stack: Stack) -> int:
@@ -84,7 +91,7 @@ def _narrowed(view: ModelView, axis: Axis) -> tuple[Axis, list[tuple[str, str]]]
         scopes=tuple(axis.scopes[unit] for unit in free),
         swaps=tuple(axis.swaps[u] for u in free) if axis.removal == "bypass" else axis.swaps,
     )
-    keeps = keeps_to_try(some.units, has_data(view.model))
+    keeps = keeps_to_try(some.units, _is_quick(view))
     if any(_fault(view, some, keep) for keep in keeps):
         return None
     return some, [(axis.gate.modules[u], reason) for u, reason in faults.items() if reason]
