@@ -63,7 +63,8 @@ class Gate:
     "input" multiplies the input features of a module (of all that share its weights): `block`
     features per unit, the whole row `repeats` times over, along `dim` (1 for convolutions); the
     modules in `norms` take their statistics over kept features only. "product" multiplies what
-    linear modules answer, at the rows that `sites` name in their weights. "output" multiplies what
+    linear modules answer, at the rows that `sites` name in their weights (an "input" gate with
+    `sites` does so, too: what stands between may not keep a zero). "output" multiplies what
     a residual branch returns, and "skip" interpolates between a module's residual input (0) and its
     output (1): both have one module per unit. `argument` is the position of the residual input
     among the module's arguments (None: by keyword only), `keyword` its name there.

@@ -104,6 +104,19 @@ def cast(call: Call, dtype: torch.dtype) -> Call:
 
 
 @contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter of `model` require a gradient."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def float64_default() -> Iterator[None]:
     """Let what a model makes on its way in the default dtype be float64, as its weights are."""
     before = torch.get_default_dtype()

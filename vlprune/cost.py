@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vlprune.anatomy import Anatomy, Axis, Site, under
-from vlprune.calls import Inputs, calls_of, quiet_eval, run
+from vlprune.calls import Inputs, calls_of, frozen, quiet_eval, run
 from vlprune.errors import BudgetError
 from vlprune.plan import Cost
 
@@ -173,7 +173,8 @@ def count_macs(model: nn.Module, example_inputs: Inputs) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode  # lazy: it imports triton
 
-    with countable_kernels(), FlopCounterMode(display=False) as counter:
+    # torch's counter trips over parameters that are passed on without a gradient's history
+    with frozen(model), countable_kernels(), FlopCounterMode(display=False) as counter:
         for call in calls_of(example_inputs):
             run(model, call)
     return int(counter.get_total_flops()) // 2

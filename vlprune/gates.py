@@ -128,12 +128,11 @@ class Gates:
             for path in axis.gate.modules:  # several where they are tied
                 consumer = self.model.get_submodule(path)
                 self._handles.append(consumer.register_forward_pre_hook(self._input_hook(axis)))
-            return
-        if axis.gate.kind == "product":
-            for name in dict.fromkeys(site.tensor for site in axis.gate.sites):
-                path, _, weight = name.rpartition(".")
-                hook = self._product_hook(axis, name)
-                self._handles.append(_hook_product(self.model.get_submodule(path), weight, hook))
+        for name in dict.fromkeys(site.tensor for site in axis.gate.sites):
+            path, _, weight = name.rpartition(".")
+            hook = self._product_hook(axis, name)
+            self._handles.append(_hook_product(self.model.get_submodule(path), weight, hook))
+        if axis.gate.kind in ("input", "product"):
             return
         for unit, path in enumerate(axis.gate.modules):
             module = self.model.get_submodule(path)
@@ -175,12 +174,14 @@ class Gates:
 
         def multiply(module: nn.Module, args: Any, out: Tensor) -> Tensor:
             places = index.to(out.device)
-            if self._tap:
+            if self._tap and axis.gate.kind == "product":
                 by_unit = out[..., places].reshape(*out.shape[:-1], axis.units, size)
                 self._tap(axis, None, by_unit, None)
             if self._is_open(axis):
                 return out
             gate = self._gate(axis, None, out).repeat_interleave(size, dim=-1)
+            if axis.gate.kind != "product":
+                gate = gate.detach()  # the gradient is that of the gate on the input
             whole = gate.new_ones(*gate.shape[:-1], out.shape[-1])
             return out * _broadcast(whole.index_copy(-1, places, gate), out, -1)
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vlprune.anatomy import Anatomy
-from vlprune.calls import Inputs, map_tensors, quiet_eval
+from vlprune.calls import Inputs, frozen, map_tensors, quiet_eval
 from vlprune.contracts import Task
 from vlprune.copies import clone
 from vlprune.cost import absolute_budget, dense_cost, price
@@ -134,7 +134,7 @@ def score(
     if kind.needs == "measure":
         settings["progress"] = progress
     meter = kind(model, anatomy, strategies=strategies, **settings)
-    with quiet_eval(model), _frozen(model), meter:
+    with quiet_eval(model), frozen(model), meter:
         if task is not None and kind.needs == "measure":
             with torch.no_grad():
                 meter.update(lambda: task.measure(model))
@@ -181,19 +181,6 @@ def _task_inputs(model: nn.Module, task: Task | None) -> Inputs | None:
     device = next(model.parameters()).device
     moved: Inputs = map_tensors(inputs, lambda t: t.to(device))
     return moved
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Spare the gradients of the weights: only gates need theirs."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def plan(

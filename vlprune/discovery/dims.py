@@ -135,11 +135,14 @@ def _variants(
 def _gated(
     region: nn.Module, axis: Axis, coupling: Coupling, rows: Sequence[Site], width: int
 ) -> Iterator[Axis]:
-    """The axis with a gate on the consumer's input, on the first matrix, or on all of them."""
+    """The axis with a gate on the consumer's input, else on the first matrix, or on all of them."""
     if len(axis.sites) > len(rows):
         repeats = coupling.units * coupling.block // width
         gate = dataclasses.replace(axis.gate, block=1, repeats=repeats)
         yield dataclasses.replace(axis, gate=gate)
+        both = dataclasses.replace(gate, sites=tuple(s for s in rows if _is_matrix(region, s)))
+        yield dataclasses.replace(axis, gate=both)
+        return
     matrices = [site for site in rows if _is_matrix(region, site)]
     first = (_owner(matrices[0]), matrices[0].offset // width)
     queries = [site for site in matrices if (_owner(site), site.offset // width) == first]

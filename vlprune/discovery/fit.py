@@ -248,6 +248,7 @@ def _attributes(region: nn.Module, coupling: Coupling) -> tuple[list[Knob], list
     holder = common_path(coupling)
     units = coupling.units
     rows = _row_counts(coupling)
+    sharing = units * coupling.block // min(site.block for site in coupling.sites)
     counts: list[Knob] = []
     widths: list[Knob] = []
     for path, module in region.get_submodule(holder).named_modules(prefix=holder):
@@ -270,7 +271,7 @@ def _attributes(region: nn.Module, coupling: Coupling) -> tuple[list[Knob], list
             knob = Knob(module=path, attribute=attribute, per_unit=value // units)
             if value in rows:
                 widths.append(knob)
-            elif _counts_heads(attribute) or value == units:
+            elif _counts_heads(attribute) or value in (units, sharing):
                 counts.append(knob)
     return counts, widths
 

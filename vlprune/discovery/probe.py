@@ -38,7 +38,8 @@ class Coupling:
         sites: where the units lie in the tensors of the region.
         norms: modules that take statistics over the units' features.
         attends: whether an attention stands between the units' sources and the consumer.
-        inputs: (number or name of an argument, dimension) of what the region is given per unit.
+        inputs: (number or name of an argument, dimension, entries per unit) of what the region is
+            given for every unit.
         values, value_dims: of heads, those sites of which every row feeds but one feature, and
             how many such features a head has; the rows of the others feed all features of a head.
     """
@@ -50,7 +51,7 @@ class Coupling:
     sites: tuple[Site, ...]
     norms: tuple[str, ...]
     attends: bool
-    inputs: tuple[tuple[int | str, int], ...] = ()
+    inputs: tuple[tuple[int | str, int, int], ...] = ()
     values: tuple[Site, ...] = ()
     value_dims: int = 0
 
@@ -201,9 +202,9 @@ def _coupling(trace: Trace, path: str, uses: Sequence[Use]) -> tuple[Coupling | 
             norms=tuple(dict.fromkeys(o for s in sites if (o := _owner(s)) in trace.norms)),
             attends=attends,
             inputs=tuple(
-                (place, dim)
+                (place, dim, len(code) // units)
                 for (number, dim), code in codes.items()
-                if (place := sources[number].place) is not None and bool((code >= 0).any())
+                if (place := sources[number].place) is not None and _is_in_order(code, units)
             ),
         )
         if attends:
@@ -219,6 +220,7 @@ def _with_values(coupling: Coupling, uses: Sequence[Use], sources: Sequence[Sour
     depend on every E-th row alone, and on all rows of queries and keys.
     """
     widths = {site.block for site in coupling.sites if coupling.block % site.block == 0}
+    products = {key for s in sources if s.moment for names in s.rows.values() for key in names}
     for width in sorted(widths - {1}, reverse=True):
         firsts = torch.arange(coupling.block * coupling.units) % width == 0
         noise = [torch.ones_like(use.x) for use in uses]
@@ -230,7 +232,7 @@ def _with_values(coupling: Coupling, uses: Sequence[Use], sources: Sequence[Sour
                     known = rows.get(key)
                     rows[key] = touched(dim) if known is None else known | touched(dim)
         values = tuple(s for s in coupling.sites[:-1] if _every(s, rows, width, coupling.units))
-        if values:
+        if any((site.tensor, site.dim) in products for site in values):
             return dataclasses.replace(coupling, values=values, value_dims=width)
     return coupling
 
@@ -240,6 +242,12 @@ def _every(site: Site, rows: Mapping[tuple[str, int], Tensor], width: int, units
     touched = rows[site.tensor, site.dim][site.offset : site.offset + units * site.block]
     places = touched.nonzero().flatten()
     return site.block % width == 0 and len(places) > 0 and not bool((places % width).any())
+
+
+def _is_in_order(code: Tensor, units: int) -> bool:
+    """Say whether the rows belong to the units one after the other, as many to each."""
+    size = len(code)
+    return size % units == 0 and torch.equal(code, torch.arange(size) * units // max(size, 1))
 
 
 def _owner(site: Site) -> str:
@@ -285,9 +293,11 @@ class _Rows:
         self.single = torch.ones(size, dtype=torch.bool)
         self.everywhere = torch.ones(size, dtype=torch.bool)
         self.dead = torch.ones(size, dtype=torch.bool)
+        self._bits = 0  # of the number of every row's unit that are known, highest first
 
     def add_bit(self, bit: int, one: Tensor, zero: Tensor) -> None:
         """Take in which rows the units with this bit reach, and those without it."""
+        self._bits += 1
         self.code |= one.long() << bit
         self.single &= one ^ zero
         self.everywhere &= one & zero
@@ -298,6 +308,14 @@ class _Rows:
         self.single &= (self.code == unit) == reached
         self.everywhere &= reached
         self.dead &= ~reached
+
+    def is_in_order(self, units: int) -> bool:
+        """Whether there may be the same number of rows for each unit, one unit after the other."""
+        size = len(self.code)
+        known = self.single & ~self.everywhere & ~self.dead
+        place = torch.arange(size) * units // max(size, 1)
+        mask = (1 << self._bits) - 1 << (units - 1).bit_length() - self._bits
+        return size % units == 0 and torch.equal(self.code[known] & mask, place[known] & mask)
 
     @property
     def is_partial(self) -> bool:
@@ -355,7 +373,7 @@ def _fault(
             name = next(iter(source.rows.values()))[0][0]
             return f"units stay: rows of {name} feed several of them, not all"
         alone = not source.rows and bool((row.single & ~row.everywhere & ~row.dead).any())
-        is_per_unit = source.place is not None and len(row.single) == units != features
+        is_per_unit = source.place is not None and units != features and row.is_in_order(units)
         if alone and not is_per_unit:
             return _GIVEN if len(row.single) in heads else _RESIDUAL
     return ""
