@@ -49,12 +49,14 @@ class ModelView:
     Attributes:
         model: the model, only to be read.
         refusals: modules that a strategy left whole, with the reason.
+        units_hold: whether units of all kinds can go together, None before it was tried.
     """
 
     def __init__(self, model: nn.Module, calls: Sequence[Call]):
         self.model = model
         self.calls = calls
         self.refusals: list[Refusal] = []
+        self.units_hold: bool | None = None
         self._families: list[Family] = list(FAMILIES.values())
         self._owners = _owners(model)
 
@@ -71,10 +73,16 @@ class ModelView:
         """Module path to layout of every declared block."""
         return _matches(self.model, [row for family in self._families for row in family.blocks])
 
+    @functools.cached_property
+    def _towers(self) -> tuple[tuple[str, str], ...]:
+        try:
+            return family_of(self.model, FAMILIES)[1].towers
+        except UnsupportedModelError:
+            return ()
+
     def tower(self, path: str) -> str:
         """The tower that a module path lies in, by the family of the model's class."""
-        declared = [f.towers for f in self._families if any(is_a(self.model, c) for c in f.models)]
-        for pattern, tower in (*(declared[0] if declared else ()), *TOWERS_BY_NAME):
+        for pattern, tower in (*self._towers, *TOWERS_BY_NAME):
             if fnmatch.fnmatchcase(path, pattern):
                 return tower
         return "vision"

@@ -124,14 +124,21 @@ def resolve(name: str) -> Any:
 
 
 def family_of(model: nn.Module, families: Mapping[str, Family]) -> tuple[str, Family]:
-    """Return name and row of the family that declares the class of `model`.
+    """Return name and row of the family that declares the class of `model`, or the nearest base.
 
     Raises:
         UnsupportedModelError: if none does.
     """
-    for name, family in families.items():
-        if any(is_a(model, cls) for cls in family.models):
-            return name, family
+    names = [f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__]
+    fitting = [
+        (names.index(cls) if cls in names else len(names), name)
+        for name, family in families.items()
+        for cls in family.models
+        if is_a(model, cls)
+    ]
+    if fitting:
+        _, nearest = min(fitting)
+        return nearest, families[nearest]
     raise UnsupportedModelError(
         f"{type(model).__module__}.{type(model).__qualname__} is a class that no family declares "
         f"(families: {', '.join(families)}). Give example_inputs to dissect it all the same, and "

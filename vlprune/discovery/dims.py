@@ -50,6 +50,8 @@ def dims_of(
         plain = axis_of(coupling, heads.path)
         variants = _variants(region, coupling, plain, part, growth, width, sites, swaps)
         found = fit_any(region, call, variants)
+        if isinstance(found, str) and coupling.uncalled:
+            found = f"the weight of {coupling.uncalled[0]} is used, but the module not called"
         yield part, found if isinstance(found, Axis) else f"dimensions stay: {found}"
 
 

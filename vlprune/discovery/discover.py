@@ -172,9 +172,9 @@ def _proven(
 ) -> tuple[list[Units], list[Refusal]]:
     here = {_relative(p, path): row for p, row in layouts.items() if not path or under(p, path)}
     module = replica(model.get_submodule(path))
-    for place, row in here.items():
-        if row.gate:
-            module.get_submodule(place).__class__ = resolve(row.gate)
+    own = {place: type(module.get_submodule(place)) for place, row in here.items() if row.gate}
+    for place in own:
+        module.get_submodule(place).__class__ = resolve(here[place].gate)
     try:
         call = short_call(module, real_call(call))
         found, obstacles = couplings(module, real_call(call), inner)
@@ -182,6 +182,8 @@ def _proven(
         said = str(error).partition("\n")[0]
         reason = f"a copy of it must run on its own; {type(error).__name__}: {said}"
         return [], [Refusal(module="", reason=reason)]
+    for place, cls in own.items():
+        module.get_submodule(place).__class__ = cls
     refusals = [Refusal(module=o.consumer, reason=o.reason, kind=o.kind) for o in obstacles]
     units: list[Units] = []
     inward = {site.tensor for c in found for site in c.sites[:-1]}

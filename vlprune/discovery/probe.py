@@ -40,6 +40,7 @@ class Coupling:
         attends: whether an attention stands between the units' sources and the consumer.
         inputs: (number or name of an argument, dimension, entries per unit) of what the region is
             given for every unit.
+        uncalled: modules whose matrices hold rows of the units, used without calling the module.
         values, value_dims: of heads, those sites of which every row feeds but one feature, and
             how many such features a head has; the rows of the others feed all features of a head.
     """
@@ -52,6 +53,7 @@ class Coupling:
     norms: tuple[str, ...]
     attends: bool
     inputs: tuple[tuple[int | str, int, int], ...] = ()
+    uncalled: tuple[str, ...] = ()
     values: tuple[Site, ...] = ()
     value_dims: int = 0
 
@@ -207,6 +209,8 @@ def _coupling(trace: Trace, path: str, uses: Sequence[Use]) -> tuple[Coupling | 
                 if (place := sources[number].place) is not None and _is_in_order(code, units)
             ),
         )
+        holders = {_owner(site) for site in sites if (site.tensor, site.dim) in _products(sources)}
+        coupling = dataclasses.replace(coupling, uncalled=tuple(sorted(holders - trace.called)))
         if attends:
             coupling = _with_values(coupling, alive, sources)
         return coupling, moments if attends or coupling.block > 1 else []
@@ -220,7 +224,7 @@ def _with_values(coupling: Coupling, uses: Sequence[Use], sources: Sequence[Sour
     depend on every E-th row alone, and on all rows of queries and keys.
     """
     widths = {site.block for site in coupling.sites if coupling.block % site.block == 0}
-    products = {key for s in sources if s.moment for names in s.rows.values() for key in names}
+    products = _products(sources)
     for width in sorted(widths - {1}, reverse=True):
         firsts = torch.arange(coupling.block * coupling.units) % width == 0
         noise = [torch.ones_like(use.x) for use in uses]
@@ -235,6 +239,11 @@ def _with_values(coupling: Coupling, uses: Sequence[Use], sources: Sequence[Sour
         if any((site.tensor, site.dim) in products for site in values):
             return dataclasses.replace(coupling, values=values, value_dims=width)
     return coupling
+
+
+def _products(sources: Sequence[Source]) -> set[tuple[str, int]]:
+    """(tensor, dimension) of all rows that linear layers answer."""
+    return {key for s in sources if s.moment for names in s.rows.values() for key in names}
 
 
 def _every(site: Site, rows: Mapping[tuple[str, int], Tensor], width: int, units: int) -> bool:

@@ -62,7 +62,12 @@ class EmptyTransformer(Transformer):  # type: ignore[misc]  # an untyped library
 
 
 class ExplicitAttentionPool2d(AttentionPool2d):  # type: ignore[misc]  # an untyped library
-    """The pool of CLIP's ResNets, written out: any number of heads but none."""
+    """The pool of CLIP's ResNets, written out: any number of heads but none, of any widths."""
+
+    def after_swap(self) -> None:
+        """Remember the features per head that the scores are scaled by."""
+        if "head_dim" not in vars(self):
+            self.head_dim = self.positional_embedding.shape[-1] // self.num_heads
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, D, height, width] -> [B, output]."""
@@ -72,6 +77,7 @@ class ExplicitAttentionPool2d(AttentionPool2d):  # type: ignore[misc]  # an unty
             project(part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, T, E]
             for project, part in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x))
         )
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        scale = self.head_dim**-0.5 if "head_dim" in vars(self) else None
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=scale)
         pooled: Tensor = self.c_proj(mixed.transpose(1, 2).flatten(2)[:, 0])
         return pooled

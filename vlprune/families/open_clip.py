@@ -171,6 +171,7 @@ FAMILIES.register("open_clip")(
                 cls="open_clip.modified_resnet.AttentionPool2d",
                 gate="vlprune.families._open_clip_classes:ExplicitAttentionPool2d",
                 cut="vlprune.families._open_clip_classes:ExplicitAttentionPool2d",
+                dims="vlprune.families._open_clip_classes:ExplicitAttentionPool2d",
             ),
         ),
         blocks=(

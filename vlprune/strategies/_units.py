@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,9 +32,14 @@ def axes_of_kind(view: ModelView, kind: str) -> Iterator[Axis]:
     yield from kept
 
 
-@functools.lru_cache(maxsize=1)
 def _all_hold(view: ModelView) -> bool:
     """Say whether units of all kinds can go together: one trial where all is well."""
+    if view.units_hold is None:
+        view.units_hold = _try_all(view)
+    return view.units_hold
+
+
+def _try_all(view: ModelView) -> bool:
     quiet = ModelView(view.model, view.calls)  # what it refuses is refused kind by kind
     quiet.discovery = view.discovery
     kinds = {units.kind for units in view.discovery.units}

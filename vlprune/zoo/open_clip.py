@@ -78,6 +78,11 @@ def entries() -> Iterator[Entry]:
         )
 
 
+def left_out() -> dict[str, str]:
+    """Return the configs that have no entry, and why: none."""
+    return {}
+
+
 def _group(config: dict[str, Any]) -> str:
     vision, text = config["vision_cfg"], config["text_cfg"]
     if "hf_model_name" in text:

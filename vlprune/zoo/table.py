@@ -37,6 +37,14 @@ def all_entries(only: Sequence[str] = ()) -> Iterator[Entry]:
                 yield entry
 
 
+def all_left_out() -> Iterator[tuple[str, str]]:
+    """Yield (name, reason) of what the libraries have, and the table has not."""
+    for library in LIBRARIES:
+        module = importlib.import_module(f"vlprune.zoo.{library}")
+        for name, reason in module.left_out().items():
+            yield f"{library}/{name}", reason
+
+
 def check_all(
     entries: Sequence[Entry],
     log: Path,
@@ -159,6 +167,8 @@ def markdown(rows: Sequence[Row]) -> str:
         "",
         *_reasons(rows),
     ]
+    lines += ["", "## What is not in the table", ""]
+    lines += [f"- {name}: {_plain(reason)}" for name, reason in all_left_out()]
     for library in LIBRARIES:
         chosen = [row for row in rows if row.name.startswith(f"{library}/")]
         if chosen:

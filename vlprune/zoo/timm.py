@@ -149,6 +149,11 @@ RULES: dict[str, Callable[[str], Sizes]] = {
 }
 
 
+def left_out() -> dict[str, str]:
+    """Return the entry points of these modules that have no entry, and why."""
+    return dict(LEFT_OUT)
+
+
 def entries() -> Iterator[Entry]:
     """Yield an entry for every entry point of the modules in `RULES`."""
     import timm  # lazy: spares timm where no timm model is used
