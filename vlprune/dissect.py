@@ -25,7 +25,7 @@ from vlprune.anatomy import (
     fingerprint_of,
     under,
 )
-from vlprune.calls import Call, Inputs, calls_of, quiet_eval, run, tensors_of
+from vlprune.calls import Call, Inputs, calls_of, map_tensors, quiet_eval, run, tensors_of
 from vlprune.cost import countable_kernels
 from vlprune.discovery.discover import Discovery, discover
 from vlprune.errors import TraceError, UnsupportedModelError
@@ -142,7 +142,7 @@ def dissect(model: nn.Module, example_inputs: Inputs | None = None) -> Anatomy:
 
 
 def default_inputs(model: nn.Module, batch: int = 1) -> Inputs:
-    """Return example inputs made by the family of the model's class.
+    """Return example inputs made by the family of the model's class, on the model's device.
 
     Raises:
         UnsupportedModelError: if no family declares that class.
@@ -152,7 +152,12 @@ def default_inputs(model: nn.Module, batch: int = 1) -> Inputs:
         raise UnsupportedModelError(
             f"no example inputs are known for {type(model).__name__}; give example_inputs."
         )
-    return family.example_inputs(model, batch)
+    inputs = family.example_inputs(model, batch)
+    device = next((p.device for p in model.parameters()), None)
+    if device is None or device.type == "cpu":
+        return inputs
+    moved: Inputs = map_tensors(inputs, lambda tensor: tensor.to(device))
+    return moved
 
 
 def _matches(model: nn.Module, rows: Sequence[Any]) -> dict[str, Any]:

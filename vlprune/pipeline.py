@@ -40,7 +40,13 @@ from vlprune.store import from_pretrained
 Progress = Callable[[int, int], None]
 
 
-def create_model(spec: str, *, pretrained: str | bool | None = None, **arguments: Any) -> nn.Module:
+def create_model(
+    spec: str,
+    *,
+    pretrained: str | bool | None = None,
+    device: torch.device | str | None = None,
+    **arguments: Any,
+) -> nn.Module:
     """Return the model that `spec` names, in eval mode.
 
     Args:
@@ -48,6 +54,8 @@ def create_model(spec: str, *, pretrained: str | bool | None = None, **arguments
             trained CLIP that ships), or a folder that `save_pretrained` wrote.
         pretrained: weights: an open_clip tag, True or False for timm and hf. Default: the weights
             in an hf folder, random ones for open_clip and timm.
+        device: where to put the model; "meta" builds it without weights: enough to dissect, plan
+            and cut the largest.
         arguments: passed to the library's own constructor.
 
     Raises:
@@ -59,7 +67,7 @@ def create_model(spec: str, *, pretrained: str | bool | None = None, **arguments
 
         model: nn.Module = load_scenes_clip()
     elif Path(spec).is_dir():
-        return from_pretrained(spec)
+        return from_pretrained(spec, device=device)
     else:
         library, _, name = spec.partition(":")
         named = [f for key, f in FAMILIES.items() if library in (key, key.partition("_")[0])]
@@ -71,7 +79,8 @@ def create_model(spec: str, *, pretrained: str | bool | None = None, **arguments
             )
         options = {} if pretrained is None else {"pretrained": pretrained}
         try:
-            model = found[0](name, **options, **arguments)
+            with _without_weights(device):
+                model = found[0](name, **options, **arguments)
         except RuntimeError as error:  # how timm and open_clip say that a name is unknown
             said = textwrap.shorten(str(error), 300, placeholder=" ...")
             raise UnknownNameError(f"{library} could not create {name!r}: {said}") from error
@@ -79,7 +88,22 @@ def create_model(spec: str, *, pretrained: str | bool | None = None, **arguments
     if source is not None:
         made = {"spec": spec, "pretrained": pretrained, "arguments": arguments}
         attach_record(model, Record(source={**source, "made": made}))
-    return model
+    return model if device is None else model.to(device)
+
+
+@contextlib.contextmanager
+def _without_weights(device: torch.device | str | None) -> Iterator[None]:
+    """For "meta", let every parameter lose its data as soon as a module has it.
+
+    Not `torch.device("meta")`: builders of open_clip and timm ask tensors for their values.
+    """
+    if device is None or torch.device(device).type != "meta":
+        yield
+        return
+    from accelerate import init_empty_weights  # lazy: slow to import
+
+    with init_empty_weights():
+        yield
 
 
 def score(

@@ -150,7 +150,10 @@ def create(name: str, pretrained: str | bool = False, **arguments: Any) -> nn.Mo
     import open_clip  # lazy: spares open_clip where no such model is used
 
     tag = pretrained if isinstance(pretrained, str) else None
-    model: nn.Module = open_clip.create_model(name, pretrained=tag, **arguments)
+    # a model that is built without weights stays there: data cannot be copied out of it
+    empty = nn.Linear(1, 1).weight.is_meta
+    options = {"device": "meta"} if empty else {}
+    model: nn.Module = open_clip.create_model(name, pretrained=tag, **options, **arguments)
     return model.eval()
 
 
