@@ -74,6 +74,12 @@ def test_list_shows_every_registered_name_and_what_it_is() -> None:
             assert rows[registry.noun, name] or registry is FAMILIES
 
 
+def test_inspect_asks_the_dependency_graph(dense: Path) -> None:
+    text = ok("inspect", dense, "--axes", "--graph")
+    assert "blocks.0.attn:head vision 3 units the graph agrees" in text
+    assert "torch-pruning's dependency graph agrees: 6 axes" in text
+
+
 def test_inspect_shows_the_anatomy_of_a_folder_and_of_a_name(dense: Path) -> None:
     for spec in (dense, "timm:vit_tiny_patch16_224"):
         text = ok("inspect", spec)

@@ -121,6 +121,39 @@ def test_rows_are_told_to_the_unit() -> None:
     }
 
 
+class Squeezed(nn.Module):
+    """Channels that two layers read: one weighs them by what the other makes of their means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widen, self.narrow = nn.Conv2d(6, 16, 1), nn.Conv2d(16, 6, 1)
+        self.spread, self.norm = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16)
+        self.small, self.large = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.spread(self.widen(x))).relu()
+        weight = self.large(self.small(y.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return x + self.narrow(y * weight)
+
+
+def test_neurons_that_two_layers_read_are_one_axis() -> None:
+    model = redraw(nn.Sequential(Squeezed(), Squeezed())).eval()
+    images = torch.randn(2, 6, 5, 5)
+    anatomy = vlprune.dissect(model, images)
+    axes = {axis.name: axis for axis in anatomy.axes if axis.kind == "ffn"}
+    assert {axis.units for axis in axes.values()} == {16}
+    wide = axes["0:ffn"]
+    left = {r.module: r.reason for r in anatomy.refusals}
+    assert left["0.large"] == "what it reads stays: its own rows belong to other units"
+    assert set(wide.gate.modules) == {"0.narrow", "0.small"}
+    assert {s.tensor for s in wide.sites if s.dim == 1} == {"0.narrow.weight", "0.small.weight"}
+    for seed in range(3):
+        plan = vlprune.make_plan(anatomy, random_keep(anatomy, seed, ("ffn",)))
+        small = vlprune.prune(model, plan, images)
+        assert record_of(small).relative_error <= 1e-9
+        assert vlprune.price(anatomy, plan.keep).params == count_params(small)
+
+
 @pytest.mark.parametrize("fault", ["shifted", "swapped", "forgotten"])
 def test_a_wrong_site_does_not_pass_the_bench(fault: str) -> None:
     block, call = next(region())

@@ -13,7 +13,7 @@ from vlprune.calls import calls_of
 from vlprune.cost import count_macs, count_params, dense_cost
 from vlprune.dissect import ModelView, default_inputs
 from vlprune.errors import TraceError, UnsupportedModelError
-from vlprune.graph import CoupledGraph
+from vlprune.graph import CoupledGraph, verdicts
 from vlprune.registry import FAMILIES
 
 EXPECTED = {  # tower -> (heads, FFN neurons, layers, sub-layers), counted by hand from the configs
@@ -65,20 +65,16 @@ def test_the_price_of_nothing_removed_is_what_is_counted(
 
 def test_probed_units_are_the_traced_ones(tiny: tuple[nn.Module, vlprune.Anatomy]) -> None:
     model, anatomy = tiny
-    graph = CoupledGraph(model, calls_of(default_inputs(model)))
-    agreed = 0
-    for axis in anatomy.axes:
-        owners = {site.tensor.rpartition(".")[0] for site in axis.sites}
-        if axis.kind in ("head", "ffn") and all(graph.sees(owner) for owner in owners):
-            consumer = axis.gate.modules[0]
-            traced = set(graph.sites(consumer, axis.units, axis.gate.block))
-            if axis.name.endswith("self_attn:head") and "Blip" in anatomy.model:
-                # BLIP indexes its fused qkv, of which the graph sees the first third only (PEERS)
-                assert traced < set(axis.sites), axis.name
-                continue
-            assert traced == set(axis.sites), axis.name
-            agreed += 1
-    assert agreed >= sum(axis.kind == "ffn" for axis in anatomy.axes)
+    found = verdicts(model, calls_of(default_inputs(model)), anatomy.axes)
+    for name, verdict in found.items():
+        if name.endswith("self_attn:head") and "Blip" in anatomy.model:
+            # BLIP indexes its fused qkv, of which the graph sees the first third only (PEERS)
+            assert verdict == "sees a part", name
+        elif name.endswith("attn:head") and anatomy.model == "CLIP":
+            assert verdict == "sees nothing", name  # nn.MultiheadAttention
+        else:
+            assert verdict == "agrees", name
+    assert len(found) == sum(axis.kind in ("head", "ffn") for axis in anatomy.axes)
 
 
 class Crooked(torch.nn.Module):

@@ -60,7 +60,7 @@ class Site:
 class Gate:
     """Where one number per unit multiplies so that 0 means removed.
 
-    "input" multiplies the input features of a module (of all that share its weights): `block`
+    "input" multiplies the input features of a module, or of several that read the same: `block`
     features per unit, the whole row `repeats` times over, along `dim` (1 for convolutions); the
     modules in `norms` take their statistics over kept features only. "product" multiplies what
     linear modules answer, at the rows that `sites` name in their weights (an "input" gate with

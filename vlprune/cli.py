@@ -7,6 +7,7 @@ Set VLPRUNE_DEBUG=1 for tracebacks.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import importlib
@@ -71,18 +72,34 @@ def inspect(
     pretrained: Pretrained = "",
     device: Device = "cpu",
     axes: Annotated[bool, typer.Option(help="List every axis.")] = False,
+    graph: Annotated[bool, typer.Option(help="Ask torch-pruning's dependency graph, too.")] = False,
 ) -> None:
     """Show what can be removed from a model, and what is left whole and why."""
     import vlprune
     from vlprune.report import anatomy_table
 
-    anatomy = vlprune.dissect(_model(model, pretrained, device))
+    made = _model(model, pretrained, device)
+    anatomy = vlprune.dissect(made)
+    verdicts = _verdicts(made, anatomy) if graph else {}
     out.print(anatomy_table(anatomy))
     if axes:
         for axis in anatomy.axes:
-            say(f"{axis.name}  {axis.tower}  {axis.units} units")
+            pads = any(swap.to.endswith(":PaddedLinear") for swap in axis.swaps)
+            note = "  (its linear layers alone shrink)" if pads else ""
+            seen = f"  the graph {verdicts[axis.name]}" if axis.name in verdicts else ""
+            say(f"{axis.name}  {axis.tower}  {axis.units} units{note}{seen}")
+    for verdict, count in collections.Counter(verdicts.values()).most_common():
+        say(f"torch-pruning's dependency graph {verdict}: {count} axes")
     for refusal in anatomy.refusals:
         say(f"left whole: {refusal.module}: {refusal.reason}")
+
+
+def _verdicts(model: Any, anatomy: Any) -> dict[str, str]:
+    from vlprune.calls import calls_of
+    from vlprune.dissect import default_inputs
+    from vlprune.graph import verdicts
+
+    return verdicts(model, calls_of(default_inputs(model)), anatomy.axes)
 
 
 @app.command()

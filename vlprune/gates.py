@@ -125,7 +125,7 @@ class Gates:
             if swap.when == "gate":
                 self._swap(self.model.get_submodule(swap.module), resolve(swap.to))
         if axis.gate.kind == "input":
-            for path in axis.gate.modules:  # several where they are tied
+            for path in axis.gate.modules:
                 consumer = self.model.get_submodule(path)
                 self._handles.append(consumer.register_forward_pre_hook(self._input_hook(axis)))
         for name in dict.fromkeys(site.tensor for site in axis.gate.sites):

@@ -1,8 +1,9 @@
 """torch-pruning's dependency graph, guarded, as sites: which tensor rows belong to one unit.
 
-The graph is traced once, for reading only: nothing is cut through it later. Guards: a time limit,
-nested outputs, frozen parameters (they would vanish from the graph), train and eval modes, indices
-out of range. What it cannot see is declared in `families/`.
+A second witness beside `discovery/`, which finds units without it: `vlprune inspect --graph` and
+the tests ask whether both name the same rows. The graph is traced once, for reading only: nothing
+is cut through it. Guards: a time limit, nested outputs, frozen parameters (they would vanish from
+the graph), train and eval modes, indices out of range.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlprune.anatomy import Site
+from vlprune.anatomy import Axis, Site
 from vlprune.calls import Call, quiet_eval, run, tensors_of
 from vlprune.errors import TraceError
 
@@ -149,6 +150,36 @@ class CoupledGraph:
             )
         for offset in offsets:
             yield Site(tensor=tensor, dim=dim, offset=offset, block=block)
+
+
+def verdicts(
+    model: nn.Module, calls: Sequence[Call], axes: Sequence[Axis], limit_s: float = TRACE_LIMIT_S
+) -> dict[str, str]:
+    """Return what the dependency graph says of heads and neurons, axis name to verdict.
+
+    "agrees" where it couples the same rows, "sees a part" of them, "sees nothing" where their
+    layers are not in it, "cannot tell" where it gives no answer that slices could express or does
+    not end, "disagrees" where it names others.
+    """
+    graph = CoupledGraph(model, calls, limit_s)
+    return {
+        axis.name: _verdict(graph, axis)
+        for axis in axes
+        if axis.kind in ("head", "ffn") and axis.gate.kind == "input"
+    }
+
+
+def _verdict(graph: CoupledGraph, axis: Axis) -> str:
+    owners = {site.tensor.rpartition(".")[0] for site in axis.sites}
+    if not all(graph.sees(owner) for owner in owners):
+        return "sees nothing"
+    try:
+        traced = set(graph.sites(axis.gate.modules[0], axis.units, axis.gate.block))
+    except Exception:  # torch-pruning fails in many ways on what it does not know
+        return "cannot tell"
+    if traced == set(axis.sites):
+        return "agrees"
+    return "sees a part" if traced < set(axis.sites) else "disagrees"
 
 
 def _build(model: nn.Module, calls: Sequence[Call], limit_s: float) -> Any:

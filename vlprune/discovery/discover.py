@@ -151,6 +151,7 @@ def _joined(region: str, path: str) -> str:
     return ".".join(part for part in (region, path) if part)
 
 
+@float64_default()
 def _prove(
     model: nn.Module,
     path: str,
@@ -159,17 +160,6 @@ def _prove(
     layouts: Mapping[str, AttentionLayout],
 ) -> tuple[list[Units], list[Refusal]]:
     """Probe one region; return its units and what is left whole, relative to it."""
-    with float64_default():
-        return _proven(model, path, call, inner, layouts)
-
-
-def _proven(
-    model: nn.Module,
-    path: str,
-    call: Call,
-    inner: Sequence[str],
-    layouts: Mapping[str, AttentionLayout],
-) -> tuple[list[Units], list[Refusal]]:
     here = {_relative(p, path): row for p, row in layouts.items() if not path or under(p, path)}
     module = replica(model.get_submodule(path))
     own = {place: type(module.get_submodule(place)) for place, row in here.items() if row.gate}
@@ -189,7 +179,9 @@ def _proven(
     inward = {site.tensor for c in found for site in c.sites[:-1]}
     for coupling in found:
         if f"{coupling.consumer}.weight" in inward:
-            continue  # a layer inside of another row of units: its input is no row of its own
+            reason = "what it reads stays: its own rows belong to other units"
+            refusals.append(Refusal(module=coupling.consumer, reason=reason))
+            continue
         refused = _refused(module, coupling, here)
         holding = _holding(coupling, here)
         lists = [Knob(module=p, attribute=name) for p in holding for name in here[p].lists]
@@ -210,8 +202,6 @@ def _proven(
                     units.append(Units(region="", axis=axis))
                 else:
                     refusals.append(Refusal(module=holder, reason=axis, kind="head_dim"))
-    if any(entry.kind == "ffn" for entry in units):  # the others: a table, a stream of its own
-        refusals = [refusal for refusal in refusals if refusal.kind != "ffn"]
     return units, refusals
 
 

@@ -38,6 +38,7 @@ class Coupling:
         sites: where the units lie in the tensors of the region.
         norms: modules that take statistics over the units' features.
         attends: whether an attention stands between the units' sources and the consumer.
+        others: paths of more layers that consume the same units.
         inputs: (number or name of an argument, dimension, entries per unit) of what the region is
             given for every unit.
         uncalled: modules whose matrices hold rows of the units, used without calling the module.
@@ -52,6 +53,7 @@ class Coupling:
     sites: tuple[Site, ...]
     norms: tuple[str, ...]
     attends: bool
+    others: tuple[str, ...] = ()
     inputs: tuple[tuple[int | str, int, int], ...] = ()
     uncalled: tuple[str, ...] = ()
     values: tuple[Site, ...] = ()
@@ -116,9 +118,38 @@ def couplings(
             obstacles.append(Obstacle(path, answer, "head"))
         if answer:
             covered.update(between)
+    found = _of_all_consumers(found)
     obstacles += _uncovered(trace, skip, covered)
     obstacles += _unreached(region, trace, skip)
     return found, obstacles
+
+
+def _of_all_consumers(couplings: Sequence[Coupling]) -> list[Coupling]:
+    """Neurons that several layers consume are one coupling: a row that goes is gone for all."""
+    merged: list[Coupling] = []
+    for coupling in couplings:
+        place = next((i for i, other in enumerate(merged) if _shares_rows(coupling, other)), None)
+        if place is None:
+            merged.append(coupling)
+            continue
+        first = merged[place]
+        more, less = sorted((first, coupling), key=lambda c: len(c.sites), reverse=True)
+        sites = dict.fromkeys((*more.sites[:-1], *less.sites, more.sites[-1]))
+        merged[place] = dataclasses.replace(
+            more,
+            sites=tuple(sites),
+            norms=tuple(dict.fromkeys((*more.norms, *less.norms))),
+            others=(*more.others, less.consumer, *less.others),
+        )
+    return merged
+
+
+def _shares_rows(one: Coupling, other: Coupling) -> bool:
+    """Say whether two layers consume the same neurons, or some of them more."""
+    alike = (one.units, one.block, one.dim, one.kind) == (
+        *(other.units, other.block, other.dim, other.kind),
+    )
+    return alike and one.kind == "ffn" and bool({*one.sites[:-1]} & {*other.sites[:-1]})
 
 
 def _unreached(region: nn.Module, trace: Trace, skip: Sequence[str]) -> Iterator[Obstacle]:
