@@ -1,10 +1,8 @@
 """Which tensor rows feed one unit and no other: read off gradients, for any forward.
 
-The input features of a linear layer are split into units. Gradients of a subset of the units reach,
-among all tensor rows around, exactly those that feed a unit of the subset; with the subsets "bit b
-of the unit's number is 1" and "is 0", 2 * log2(units) backward passes spell out, row by row, the
-number of the one unit that it feeds. Rows that feed all units are common and stay; rows that feed
-some but not all say that the split is too fine (grouped keys, the dims of one head).
+The input features of a linear layer are split into units; among all tensor rows around, those that
+feed one unit and no other are its own (`decoding.py`). A split that is too fine is told by rows
+that feed several of its units (grouped keys, the dims of one head); the next coarser one is tried.
 
 The region runs as in `tracing.py`. That a split can be cut is proven in `fit.py`; nothing is
 assumed here about class names.
@@ -13,7 +11,7 @@ assumed here about class names.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +19,19 @@ from torch import Tensor, nn
 
 from vlprune.anatomy import Site, under
 from vlprune.calls import Call, map_tensors, run
+from vlprune.discovery.decoding import (
+    GIVEN,
+    RESIDUAL,
+    Codes,
+    NoOrderError,
+    decode,
+    mixes_tokens,
+    reached,
+    reaches,
+    sites_of,
+)
 from vlprune.discovery.regions import is_linear
 from vlprune.discovery.tracing import Source, Trace, Use
-
-_COMMON, _DEAD = -1, -2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +189,7 @@ def _uncovered(trace: Trace, skip: Sequence[str], covered: set[int]) -> Iterator
             )
 
 
-def _is_fed_by_weights(sources: Sequence[Source], codes: _Codes) -> bool:
+def _is_fed_by_weights(sources: Sequence[Source], codes: Codes) -> bool:
     """Say whether a matrix makes the units, rather than a table or the region's input."""
     for (number, dim), code in codes.items():
         source = sources[number]
@@ -200,7 +207,7 @@ def _coupling(trace: Trace, path: str, uses: Sequence[Use]) -> tuple[Coupling | 
         return "", []
     first = alive[0]
     features = first.x.shape[first.dim]
-    sources = _reached(trace.sources, alive)
+    sources = reached(trace.sources, alive)
     begin = min((s.moment for s in sources if s.rows and s.moment), default=0)
     between = {moment: shape for moment, shape in trace.mixers if begin <= moment <= first.moment}
     mixers, moments = list(between.values()), list(between)
@@ -209,17 +216,17 @@ def _coupling(trace: Trace, path: str, uses: Sequence[Use]) -> tuple[Coupling | 
     waiting = [features, *counts]
     while waiting:
         units = waiting.pop(0)
-        codes = _decode(alive, sources, units, counts)
+        codes = decode(alive, sources, units, counts)
         if isinstance(codes, str):
-            if codes == _RESIDUAL and units == features:
+            if codes == RESIDUAL and units == features:
                 return "", []
             reason = codes or reason
             continue
         try:
-            sites = tuple(_sites(sources, codes, units))
-        except _NoOrderError as error:
+            sites = tuple(sites_of(sources, codes, units))
+        except NoOrderError as error:
             return f"units stay: {error}", moments
-        attends = bool(mixers) and _mixes_tokens(first, sources, codes)
+        attends = bool(mixers) and mixes_tokens(first, sources, codes)
         if not sites or not _is_fed_by_weights(sources, codes) or (units == features and attends):
             named = {size for shape in mixers for size in shape[1:-2]}
             waiting = [count for count in waiting if count in named]
@@ -245,7 +252,7 @@ def _coupling(trace: Trace, path: str, uses: Sequence[Use]) -> tuple[Coupling | 
         if attends:
             coupling = _with_values(coupling, alive, sources)
         return coupling, moments if attends or coupling.block > 1 else []
-    return (reason, moments) if mixers and reason != _GIVEN else ("", [])
+    return (reason, moments) if mixers and reason != GIVEN else ("", [])
 
 
 def _with_values(coupling: Coupling, uses: Sequence[Use], sources: Sequence[Source]) -> Coupling:
@@ -259,9 +266,9 @@ def _with_values(coupling: Coupling, uses: Sequence[Use], sources: Sequence[Sour
     for width in sorted(widths - {1}, reverse=True):
         firsts = torch.arange(coupling.block * coupling.units) % width == 0
         noise = [torch.ones_like(use.x) for use in uses]
-        reached = _reaches(uses, sources, noise, firsts)
+        found = reaches(uses, sources, noise, firsts)
         rows: dict[tuple[str, int], Tensor] = {}
-        for source, touched in zip(sources, reached, strict=True):
+        for source, touched in zip(sources, found, strict=True):
             for dim, names in source.rows.items():
                 for key in names:
                     known = rows.get(key)
@@ -304,220 +311,3 @@ def _head_counts(
     named = {size for size in named if 1 < size < features and features % size == 0}
     divisors = {size // k for size in named for k in range(1, size // 2 + 1) if size % k == 0}
     return sorted(named | {d for d in divisors if d > 1}, reverse=True)
-
-
-def _reached(sources: Sequence[Source], uses: Sequence[Use]) -> list[Source]:
-    """The sources that any feature depends on."""
-    tensors = [source.tensor for source in sources]
-    gradients = torch.autograd.grad(
-        [use.x for use in uses],
-        tensors,
-        [torch.ones_like(use.x) for use in uses],
-        retain_graph=True,
-        allow_unused=True,
-    )
-    return [s for s, gradient in zip(sources, gradients, strict=True) if gradient is not None]
-
-
-_RESIDUAL = "units stay: an input of the block has entries of its own for each"
-_GIVEN = "units stay: an input of the block has entries of its own for some of them together"
-
-_Codes = dict[tuple[int, int], Tensor]  # (source number, dim) -> unit of every row
-
-
-class _Rows:
-    """What the subsets so far say about the rows of one dimension of one source."""
-
-    def __init__(self, size: int):
-        self.code = torch.zeros(size, dtype=torch.long)
-        self.single = torch.ones(size, dtype=torch.bool)
-        self.everywhere = torch.ones(size, dtype=torch.bool)
-        self.dead = torch.ones(size, dtype=torch.bool)
-        self._bits = 0  # of the number of every row's unit that are known, highest first
-
-    def add_bit(self, bit: int, one: Tensor, zero: Tensor) -> None:
-        """Take in which rows the units with this bit reach, and those without it."""
-        self._bits += 1
-        self.code |= one.long() << bit
-        self.single &= one ^ zero
-        self.everywhere &= one & zero
-        self.dead &= ~one & ~zero
-
-    def add_unit(self, unit: int, reached: Tensor) -> None:
-        """Take in which rows one unit alone reaches."""
-        self.single &= (self.code == unit) == reached
-        self.everywhere &= reached
-        self.dead &= ~reached
-
-    def is_in_order(self, units: int) -> bool:
-        """Whether there may be the same number of rows for each unit, one unit after the other."""
-        size = len(self.code)
-        known = self.single & ~self.everywhere & ~self.dead
-        place = torch.arange(size) * units // max(size, 1)
-        mask = (1 << self._bits) - 1 << (units - 1).bit_length() - self._bits
-        return size % units == 0 and torch.equal(self.code[known] & mask, place[known] & mask)
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether a row feeds some units, but neither one nor all."""
-        return bool((~(self.single | self.everywhere | self.dead)).any())
-
-    def units(self) -> Tensor:
-        """The unit of every row; _COMMON or _DEAD where it has none."""
-        code = torch.where(self.single & ~self.everywhere, self.code, _COMMON)
-        return torch.where(self.dead, _DEAD, code)
-
-
-def _decode(
-    uses: Sequence[Use], sources: Sequence[Source], units: int, heads: Collection[int]
-) -> _Codes | str:
-    """The unit of every row of every source, or why this split is none."""
-    generator = torch.Generator().manual_seed(units)
-    noise = [torch.randn(u.x.shape, generator=generator, dtype=u.x.dtype) for u in uses]
-    rows = {
-        (number, dim): _Rows(size)
-        for number, source in enumerate(sources)
-        for dim, size in enumerate(source.tensor.shape)
-        if not source.rows or dim in source.rows
-    }
-    numbers = torch.arange(units)
-    features = uses[0].x.shape[uses[0].dim]
-    for bit in reversed(range((units - 1).bit_length())):
-        has_bit = (numbers >> bit & 1).bool()
-        one = _reaches(uses, sources, noise, has_bit)
-        zero = _reaches(uses, sources, noise, ~has_bit)
-        for (number, dim), row in rows.items():
-            row.add_bit(bit, one[number](dim), zero[number](dim))
-        fault = _fault(sources, rows, units, features, heads)
-        if fault:
-            return fault
-    for unit in {0, units // 2}:
-        reached = _reaches(uses, sources, noise, numbers == unit)
-        for (number, dim), row in rows.items():
-            row.add_unit(unit, reached[number](dim))
-    codes = {key: row.units() for key, row in rows.items()}
-    assert all(int(code.max()) < units for code in codes.values() if len(code)), units
-    return _fault(sources, rows, units, features, heads) or codes
-
-
-def _fault(
-    sources: Sequence[Source],
-    rows: Mapping[tuple[int, int], _Rows],
-    units: int,
-    features: int,
-    heads: Collection[int],
-) -> str:
-    for (number, _), row in rows.items():
-        source = sources[number]
-        if source.rows and row.is_partial:
-            name = next(iter(source.rows.values()))[0][0]
-            return f"units stay: rows of {name} feed several of them, not all"
-        alone = not source.rows and bool((row.single & ~row.everywhere & ~row.dead).any())
-        is_per_unit = source.place is not None and units != features and row.is_in_order(units)
-        if alone and not is_per_unit:
-            return _GIVEN if len(row.single) in heads else _RESIDUAL
-    return ""
-
-
-def _reaches(
-    uses: Sequence[Use], sources: Sequence[Source], noise: Sequence[Tensor], subset: Tensor
-) -> list[Callable[[int], Tensor]]:
-    """For every source: dimension -> which of its rows the units of `subset` depend on."""
-    seeds = [_masked(use, tensor, subset) for use, tensor in zip(uses, noise, strict=True)]
-    gradients = torch.autograd.grad(
-        [use.x for use in uses],
-        [source.tensor for source in sources],
-        seeds,
-        retain_graph=True,
-        allow_unused=True,
-    )
-    return [_nonzero_rows(s.tensor, g) for s, g in zip(sources, gradients, strict=True)]
-
-
-def _masked(use: Use, noise: Tensor, subset: Tensor) -> Tensor:
-    """The noise in the features of `subset`'s units, zero elsewhere."""
-    size = noise.shape[use.dim]
-    features = subset.repeat_interleave(size // len(subset)).to(noise.dtype)
-    shape = [1] * noise.dim()
-    shape[use.dim] = size
-    return noise * features.reshape(shape)
-
-
-def _nonzero_rows(tensor: Tensor, gradient: Tensor | None) -> Callable[[int], Tensor]:
-    def rows(dim: int) -> Tensor:
-        if gradient is None:
-            return torch.zeros(tensor.shape[dim], dtype=torch.bool)
-        others = [d for d in range(tensor.dim()) if d != dim]
-        touched = gradient != 0
-        return touched.any(tuple(others)) if others else touched
-
-    return rows
-
-
-def _mixes_tokens(use: Use, sources: Sequence[Source], codes: _Codes) -> bool:
-    """Say whether one position of the features depends on several positions of a source."""
-    dim = use.dim % use.x.dim()
-    seed = torch.zeros_like(use.x)
-    positions = seed.movedim(dim, -1).flatten(0, -2)
-    positions[-1] = 1  # the last token: a causal one sees the others
-    shape = [s for d, s in enumerate(use.x.shape) if d != dim]
-    seed = positions.reshape(*shape, -1).movedim(-1, dim)
-    held = [
-        (n, d) for (n, d), code in codes.items() if sources[n].moment and bool((code >= 0).any())
-    ]
-    if not held:
-        return False
-    gradients = torch.autograd.grad(
-        use.x, [sources[n].tensor for n, _ in held], seed, retain_graph=True, allow_unused=True
-    )
-    return any(
-        gradient is not None
-        and int((gradient.movedim(d, -1).flatten(0, -2) != 0).any(-1).sum()) > 1
-        for (_, d), gradient in zip(held, gradients, strict=True)
-    )
-
-
-def _sites(sources: Sequence[Source], codes: _Codes, units: int) -> Iterator[Site]:
-    """Where the units lie, as rows of equal blocks; rows of several calls are united."""
-    united: dict[tuple[str, int], Tensor] = {}
-    for (number, dim), code in codes.items():
-        for key in sources[number].rows.get(dim, ()):
-            known = united.get(key)
-            united[key] = code if known is None else torch.where(code == _DEAD, known, code)
-    for (tensor, dim), code in united.items():
-        for offset, size in _blocks(tensor, code.tolist(), units):
-            yield Site(tensor=tensor, dim=dim, offset=offset, block=size)
-
-
-def _blocks(tensor: str, code: list[int], units: int) -> Iterator[tuple[int, int]]:
-    """(offset, rows per unit) of every row of blocks in the rows of one tensor."""
-    start = 0
-    while start < len(code):
-        if code[start] < 0:
-            start += 1
-            continue
-        found = _block_at(code, start, units)
-        if found is None:
-            raise _NoOrderError(f"rows of {tensor} from {start} on are not {units} equal blocks")
-        yield found
-        start = found[0] + units * found[1]
-
-
-def _block_at(code: list[int], start: int, units: int) -> tuple[int, int] | None:
-    """Offset and size of the row of blocks whose first living row is `start`."""
-    sizes = [len(code) // units // k for k in range(1, len(code) // units + 1)]
-    run = next((i for i in range(start, len(code)) if code[i] != code[start]), len(code)) - start
-    for size in dict.fromkeys([run, *sizes]):
-        first = code[start] * size  # rows before the unit of the first living row
-        for shift in range(size):  # dead rows of that unit before it
-            offset = start - first - shift
-            rows = code[max(offset, 0) : offset + units * size]
-            if offset < 0 or len(rows) < units * size:
-                continue
-            if all(c in (i // size, _DEAD) for i, c in enumerate(rows)):
-                return offset, size
-    return None
-
-
-class _NoOrderError(Exception):
-    """The rows of the units follow no order that slices could express."""
