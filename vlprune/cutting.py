@@ -150,7 +150,9 @@ def _replace(owners: list[tuple[nn.Module, str]], old: Tensor, sliced: Tensor) -
 def _update_sizes(module: Any, old: tuple[int, ...]) -> None:
     """Let the sizes that a torch layer stores say what its weight is; its shape was `old`."""
     weight = module._parameters.get("weight")
-    if isinstance(module, nn.Linear):
+    if isinstance(module, PaddedLinear):
+        module.out_features, module.in_features = module.full_rows, module.full_columns
+    elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.modules.conv._ConvNd):
         module.out_channels = weight.shape[0]

@@ -22,7 +22,8 @@ class PaddedLinear(nn.Linear):
     Attributes:
         rows, columns: places that the kept rows and columns had, or None where none is gone;
             buffers that are not saved, for every cut makes them anew.
-        full_rows, full_columns: widths that the code around counts on.
+        full_rows, full_columns: widths that the code around counts on; `out_features` and
+            `in_features` say the same.
         row_span, column_span: places of one head, which go together when it goes for good.
     """
 
@@ -71,6 +72,10 @@ class PaddedLinear(nn.Linear):
         runs = sorted({places[i] // known for i in gone})
         left = [places[i] for i in range(size) if i not in padded and i not in gone]
         moved = [place - known * sum(run < place // known for run in runs) for place in left]
-        setattr(self, width, full - known * len(runs))
+        now = full - known * len(runs)
+        if span:  # the heads that are left, of which each may have lost the same places
+            heads = len({places[i] // span for i in range(size) if i not in gone})
+            span = now // heads if heads else span
+        setattr(self, width, now)
         setattr(self, f"{side}_span", span or known)
         setattr(self, name, torch.tensor(moved, dtype=torch.long, device=self.weight.device))

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from vlprune.anatomy import Axis, Gate, Growth, Site, Swap
+from vlprune.anatomy import Axis, Gate, Growth, Refusal, Site, Swap
 from vlprune.calls import Call
 from vlprune.classes.split import split_names
-from vlprune.discovery.fit import axis_of, fit_any, padded_axis
+from vlprune.discovery.fit import axis_of, fit_any, fit_together, padded_axis
 from vlprune.discovery.probe import Coupling
 
 Part = tuple[str, Growth]
@@ -31,8 +31,8 @@ def dims_of(
     coupling: Coupling,
     heads: Axis,
     taken_on: tuple[Swap, ...],
-) -> Iterator[tuple[str, Axis | str]]:
-    """Yield (part, axis or why it stays) for the query-key and the value dimensions of heads.
+) -> Iterator[Axis | Refusal]:
+    """Yield the query-key and the value dimensions of heads: shared by all, then of every one.
 
     Args:
         region: a real float64 replica.
@@ -44,7 +44,8 @@ def dims_of(
     for part, growth in PARTS:
         width, sites = _value_rows(coupling) if part == "v" else _score_rows(region, coupling)
         if len(sites) < 1 + (part == "qk") or width < 2:
-            yield part, f"dimensions stay: its {part} rows lie in no matrix of their own"
+            reason = f"dimensions stay: its {part} rows lie in no matrix of their own"
+            yield Refusal(module=heads.path, reason=reason, kind="head_dim")
             continue
         swaps = _ways(region, heads, taken_on)
         plain = axis_of(coupling, heads.path)
@@ -52,7 +53,64 @@ def dims_of(
         found = fit_any(region, call, variants)
         if isinstance(found, str) and coupling.uncalled:
             found = f"the weight of {coupling.uncalled[0]} is used, but the module not called"
-        yield part, found if isinstance(found, Axis) else f"dimensions stay: {found}"
+        if isinstance(found, str):
+            yield Refusal(module=heads.path, reason=f"dimensions stay: {found}", kind="head_dim")
+            continue
+        yield found
+        yield from _of_every_head(region, call, found, coupling)
+
+
+def _of_every_head(
+    region: nn.Module, call: Call, shared: Axis, coupling: Coupling
+) -> Iterator[Axis | Refusal]:
+    """One axis per head (or per group that shares keys): its own dimensions, padded."""
+    padded = padded_axis(region, shared)
+    rows = {site for site in shared.sites if site.dim == 0 and _is_matrix(region, site)}
+    if padded is None or coupling.uncalled or not rows <= set(padded.sites):
+        name = next(iter(coupling.uncalled), min(_owner(site) for site in rows))
+        reason = f"dimensions of single heads stay: {name} is no linear layer that is called"
+        yield Refusal(module=shared.path, reason=reason, kind="head_dim_per_head")
+        return
+    gates = tuple(swap for swap in shared.swaps if swap.when == "gate")
+    cuts = tuple(swap for swap in padded.swaps if swap.when == "cut")
+    axes = [
+        dataclasses.replace(
+            padded,
+            name=f"{shared.name.replace(':head_dim.', ':head_dim_per_head.')}.{head}",
+            kind="head_dim_per_head",
+            sites=_of_head(padded.sites, head, coupling.units),
+            gate=_gate_of_head(padded, head, coupling.units),
+            swaps=(*gates, *cuts),
+            least=0,
+        )
+        for head in range(coupling.units)
+    ]
+    reason = fit_together(region, call, axes)
+    if reason:
+        reason = f"dimensions of single heads stay: {reason}"
+        yield Refusal(module=shared.path, reason=reason, kind="head_dim_per_head")
+        return
+    yield from axes
+
+
+def _of_head(sites: Sequence[Site], head: int, heads: int) -> tuple[Site, ...]:
+    """The rows of one head among those that all heads share."""
+    return tuple(
+        dataclasses.replace(
+            site,
+            offset=site.offset + head * (site.repeats // heads) * site.stride,
+            repeats=site.repeats // heads,
+        )
+        for site in sites
+    )
+
+
+def _gate_of_head(axis: Axis, head: int, heads: int) -> Gate:
+    """A gate on the products of one head; of values where the axis has them, else of queries."""
+    rows = axis.gate.sites or [site for site in axis.sites if site.dim == 0]
+    matrices = tuple(s for s in _of_head(rows, head, heads) if not s.tensor.endswith(".bias"))
+    modules = tuple(dict.fromkeys(map(_owner, matrices)))
+    return Gate(kind="product", modules=modules, sites=matrices)
 
 
 def _ways(region: nn.Module, heads: Axis, taken_on: tuple[Swap, ...]) -> list[tuple[Swap, ...]]:

@@ -197,11 +197,11 @@ def _prove(
             refusals.append(Refusal(module=coupling.consumer, reason=reason, kind=coupling.kind))
         if isinstance(fitted, Axis) and coupling.attends:
             taken_on = _swaps(coupling, here, "dims")
-            for _, axis in dims_of(module, real_call(call), coupling, fitted, taken_on):
-                if isinstance(axis, Axis):
-                    units.append(Units(region="", axis=axis))
+            for answer in dims_of(module, real_call(call), coupling, fitted, taken_on):
+                if isinstance(answer, Axis):
+                    units.append(Units(region="", axis=answer))
                 else:
-                    refusals.append(Refusal(module=holder, reason=axis, kind="head_dim"))
+                    refusals.append(answer)
     return units, refusals
 
 

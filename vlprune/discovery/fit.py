@@ -106,6 +106,30 @@ def fit_any(region: nn.Module, call: Call, axes: Iterable[Axis]) -> Axis | str:
     return reason
 
 
+def fit_together(region: nn.Module, call: Call, axes: Sequence[Axis]) -> str:
+    """Return why `axes` cannot all lose units at once, another number on each; "" if they can."""
+    keeps = {a.name: tuple(range(min(1 + i, a.units - 1), a.units)) for i, a in enumerate(axes)}
+    with torch.no_grad(), Gates(region, axes) as gates:
+        gates.keep(keeps)
+        expected = run(region, _again(call))
+    rows = [PlanRow(axis=axis, keep=keeps[axis.name]) for axis in axes]
+    return _fault_of_cut(region, call, rows, expected)
+
+
+def _fault_of_cut(region: nn.Module, call: Call, rows: Sequence[PlanRow], expected: Any) -> str:
+    """Why a region cut by `rows` does not answer what is expected; "" where it does."""
+    cut = shared_copy(region)
+    try:
+        with torch.no_grad():
+            cut_(cut, rows)
+            got = run(cut, _again(call))
+    except Exception as error:
+        said = str(error).partition("\n")[0]
+        return f"{type(error).__name__}: {said}"
+    error_size = relative_error_of_outputs(expected, got)
+    return "" if error_size <= TOLERANCE else f"masked and cut differ by {error_size:.2g}"
+
+
 def _with_least(bench: Bench, axis: Axis) -> Axis:
     return dataclasses.replace(axis, least=1 if bench.fault(axis.knobs, [()]) else 0)
 
@@ -166,19 +190,12 @@ class Bench:
 
     def fault(self, knobs: tuple[Knob, ...], keeps: Sequence[tuple[int, ...]] = ()) -> str:
         """Why a region cut with `knobs` is not the masked one; "" where it is."""
+        axis = dataclasses.replace(self._axis, knobs=knobs)
         for keep in keeps or self.keeps:
-            cut = shared_copy(self._region)
-            axis = dataclasses.replace(self._axis, knobs=knobs)
-            try:
-                with torch.no_grad():
-                    cut_(cut, [PlanRow(axis=axis, keep=keep)])
-                    got = run(cut, _again(self._call))
-            except Exception as error:
-                said = str(error).partition("\n")[0]
-                return f"{type(error).__name__}: {said}"
-            error_size = relative_error_of_outputs(self._masked(keep), got)
-            if not error_size <= TOLERANCE:
-                return f"masked and cut differ by {error_size:.2g}"
+            rows = [PlanRow(axis=axis, keep=keep)]
+            fault = _fault_of_cut(self._region, self._call, rows, self._masked(keep))
+            if fault:
+                return fault
         return ""
 
     def _masked(self, keep: tuple[int, ...]) -> Any:

@@ -15,7 +15,7 @@ class CutBlipAttention(BlipAttention):  # type: ignore[misc]  # an untyped libra
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """[B, T, D] -> [B, T, D] and attention probabilities [B, H, T, T]."""
         product = self.qkv(hidden_states)
-        values = self.projection.weight.shape[1]
+        values = self.projection.in_features
         scores = (product.shape[-1] - values) // 2
         query, key, value = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, T, E]

@@ -29,7 +29,7 @@ class SplitAttention(Attention):  # type: ignore[misc]  # an untyped library
         """[B, T, D] -> [B, T, D]."""
         gate = None if self.gate is None else self.gate(x).sigmoid()
         product = self.qkv(x)
-        values = self.proj.weight.shape[1]  # H * E, of values
+        values = self.proj.in_features  # H * E, of values
         scores = (product.shape[-1] - values) // 2
         query, key, value = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, T, E]
