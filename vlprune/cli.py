@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,8 +91,14 @@ def inspect(
             say(f"{axis.name}  {axis.tower}  {axis.units} units{note}{seen}")
     for verdict, count in collections.Counter(verdicts.values()).most_common():
         say(f"torch-pruning's dependency graph {verdict}: {count} axes")
+    reasons = collections.defaultdict(list)
     for refusal in anatomy.refusals:
-        say(f"left whole: {refusal.module}: {refusal.reason}")
+        reasons[refusal.kind, re.sub(r"\d+", "N", refusal.reason)].append(refusal)
+    for (kind, _), refused in reasons.items():  # a line a reason: layers are many and alike
+        more = "" if axes or len(refused) == 1 else f" (and {len(refused) - 1} more like it)"
+        for refusal in refused if axes else refused[:1]:
+            what = f", for {kind}" if kind else ""
+            say(f"left whole{what}: {refusal.module or 'the model'}{more}: {refusal.reason}")
 
 
 def _verdicts(model: Any, anatomy: Any) -> dict[str, str]:

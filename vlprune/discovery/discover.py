@@ -202,7 +202,7 @@ def _prove(
                     units.append(Units(region="", axis=answer))
                 else:
                     refusals.append(answer)
-    return units, refusals
+    return units, list(dict.fromkeys(refusals))
 
 
 def _holding(coupling: Coupling, layouts: Mapping[str, AttentionLayout]) -> list[str]:
