@@ -82,6 +82,7 @@ def fit_padded(region: nn.Module, call: Call, axis: Axis) -> Axis | None:
     padded = padded_axis(region, axis)
     if padded is None or padded.swaps == axis.swaps:
         return None
+    padded = dataclasses.replace(padded, least=0)  # of its own, found next
     bench = Bench(region, call, padded)
     return None if bench.fault(()) else _with_least(bench, padded)
 
