@@ -48,7 +48,6 @@ _NUMBERS: dict[str, KnobMeaning] = {
         "layers",
     ),
 }
-_FEW = 6
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
