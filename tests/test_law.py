@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vlprune
+from vlprune.anatomy import under
 from vlprune.calls import calls_of, run, tensors_of
 from vlprune.cost import count_macs, count_params, shapes_after
 from vlprune.cutting import cut_
@@ -110,6 +111,24 @@ def test_two_cuts_compose(tiny: tuple[nn.Module, vlprune.Anatomy], seed: int) ->
     assert twice.state_dict().keys() == direct.state_dict().keys()
     for name, tensor in direct.state_dict().items():
         assert torch.equal(tensor, twice.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("first", [("head_dim",), ("head_dim_per_head",), ("head", "head_dim")])
+@pytest.mark.parametrize("name", ["deit", "hf_clip"])
+def test_what_lost_dimensions_is_cut_again_or_named(name: str, first: tuple[str, ...]) -> None:
+    model, anatomy = dissected(name)
+    plan = vlprune.make_plan(anatomy, random_keep(anatomy, 3, first))
+    once = vlprune.prune(model, plan, inputs_of(model))
+    again = vlprune.dissect(once)
+    for kinds in (("head",), ("head_dim",), again.kinds):
+        plan = vlprune.make_plan(again, random_keep(again, 9, kinds))
+        twice = vlprune.prune(once, plan, inputs_of(model))
+        assert not plan.rows or record_of(twice).relative_error <= 1e-9
+        assert count_params(twice) == vlprune.price(again, plan.keep).params
+    named = {r.module for r in again.refusals}
+    for axis in anatomy.axes:
+        if axis.kind == "head" and axis.name not in {a.name for a in again.axes}:
+            assert any(under(path, axis.path) for path in named), axis.name
 
 
 def test_layers_can_go_in_two_cuts(tiny: tuple[nn.Module, vlprune.Anatomy]) -> None:

@@ -16,6 +16,7 @@ RANKS = {
     "calls": 1,
     "registry": 1,
     "copies": 2,
+    "intercepts": 2,
     "shapes": 2,
     "layout": 2,
     "plan": 2,
@@ -45,12 +46,13 @@ RANKS = {
 FOLDERS = {  # folders that are no plug-ins: rank inside of them
     "classes": {
         "_rewriting": 0,
-        "narrow": 1,
         "padded": 1,
         "passing": 1,
         "picking": 1,
         "split": 1,
-        "__init__": 2,
+        "calling": 2,
+        "narrow": 3,
+        "__init__": 4,
     },
     "discovery": {
         "regions": 0,
@@ -60,6 +62,7 @@ FOLDERS = {  # folders that are no plug-ins: rank inside of them
         "probe": 3,
         "fit": 4,
         "dims": 5,
+        "experts": 5,
         "discover": 6,
         "__init__": 7,
     },

@@ -17,7 +17,7 @@ from typing import Literal
 
 from vlprune.errors import UnknownNameError
 
-GateKind = Literal["input", "product", "output", "skip"]
+GateKind = Literal["input", "product", "output", "skip", "router"]
 Removal = Literal["slice", "delete", "bypass"]
 KnobMeaning = Literal["units", "kept", "layers", "states"]
 SwapMoment = Literal["gate", "cut", "empty", "bypass"]
@@ -67,7 +67,9 @@ class Gate:
     `sites` does so, too: what stands between may not keep a zero). "output" multiplies what
     a residual branch returns, and "skip" interpolates between a module's residual input (0) and its
     output (1): both have one module per unit. `argument` is the position of the residual input
-    among the module's arguments (None: by keyword only), `keyword` its name there.
+    among the module's arguments (None: by keyword only), `keyword` its name there. "router" keeps
+    experts out of the choice made in a module; `sites` name the rows of the router (intercepts.py).
+    `within` names modules that multiply with the matrices of `sites` without calling their modules.
     """
 
     kind: GateKind
@@ -79,6 +81,7 @@ class Gate:
     dim: int = -1
     norms: tuple[str, ...] = ()
     sites: tuple[Site, ...] = ()
+    within: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +121,7 @@ class Axis:
     Attributes:
         name: "path:kind", unique in an anatomy; an axis of sub-layers adds which
             ("path:sublayer.attention").
-        kind: name of the strategy that removes it: "head", "ffn", "layer", "sublayer".
+        kind: name of the strategy that removes it: "head", "ffn", "layer", "expert", ...
         tower: "vision", "text", "fusion" or "decoder".
         depth: index of the layer in its stack (0 for an axis of layers).
         units: number of units.
@@ -129,7 +132,9 @@ class Axis:
         grows: which of these operations do: "all", or of an attention only its "scores" (queries
             by keys) or its "mixture" (scores by values).
         swaps: classes to take on; for "bypass" one per unit, in order.
-        least: the fewest units that may stay: 1 where a class cannot compute with none.
+        lists: ModuleLists with one module per unit, which vanishes with it ("slice" only).
+        least: the fewest units that may stay: 1 where a class cannot compute with none, for
+            experts as many as a token is sent to.
     """
 
     name: str
@@ -144,6 +149,7 @@ class Axis:
     swaps: tuple[Swap, ...] = ()
     scopes: tuple[tuple[str, ...], ...] = ()
     grows: Growth = "all"
+    lists: tuple[str, ...] = ()
     least: int = 0
 
     @property

@@ -14,6 +14,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_RECORDED = ("hidden_states", "attentions", "router_logits")
 
 Inputs: TypeAlias = (
     Tensor | tuple[Any, ...] | Mapping[str, Any] | list[tuple[Any, ...] | Mapping[str, Any]]
@@ -89,7 +92,7 @@ def answers_of(output: Any) -> Iterator[Tensor]:
     """Yield the tensors of an output without what is recorded of every layer on the way."""
     if isinstance(output, Mapping):
         for key, value in output.items():
-            recorded = key.endswith(("hidden_states", "attentions")) and isinstance(value, tuple)
+            recorded = key.endswith(_RECORDED) and isinstance(value, tuple)
             if not recorded:
                 yield from tensors_of(value)
     else:
@@ -125,6 +128,22 @@ def float64_default() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+class WideFloats(TorchFunctionMode):
+    """Let float32 that a model asks for by name be float64: a check then rounds nowhere."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if entry is torch.float32 else entry for entry in args)
+        named = {
+            name: torch.float64 if value is torch.float32 else value
+            for name, value in (kwargs or {}).items()
+        }
+        return func(*args, **named)
 
 
 @contextmanager

@@ -27,7 +27,9 @@ Keep = Mapping[str, tuple[int, ...]]
 
 def shapes_after(anatomy: Anatomy, keep: Keep) -> dict[str, tuple[int, ...] | None]:
     """Return tensor name to shape after the plan, None where the tensor is gone."""
-    return _shapes(anatomy, keep, _gone_scopes(anatomy, keep))
+    lost = _lost_experts(anatomy, keep)
+    shapes = _shapes(anatomy, keep, _gone_scopes(anatomy, keep))
+    return {name: None if _is_inside(name, lost) else shape for name, shape in shapes.items()}
 
 
 def _shapes(
@@ -68,11 +70,15 @@ def price(anatomy: Anatomy, keep: Keep) -> Cost:
     """Return the cost of the whole model when only `keep` stays on the axes that it names."""
     gone = _gone_scopes(anatomy, keep)
     shapes = _shapes(anatomy, keep, gone)
+    lost = _lost_experts(anatomy, keep)
     params = sum(
         math.prod(shape)
         for tensor in anatomy.tensors
-        if tensor.is_parameter and (shape := shapes[tensor.name]) is not None
+        if tensor.is_parameter
+        and (shape := shapes[tensor.name]) is not None
+        and not (lost and _is_inside(tensor.name, lost))
     )
+    routed = _routed(anatomy, keep)
     shares = {a.name: (len(keep[a.name]), a.units) for a in anatomy.axes if a.name in keep}
     sizes = {tensor.name: math.prod(tensor.shape) for tensor in anatomy.tensors}
     macs = 0
@@ -84,11 +90,42 @@ def price(anatomy: Anatomy, keep: Keep) -> Cost:
             now = shapes[name]
             numerator *= 0 if now is None else math.prod(now)
             denominator *= max(sizes[name], 1)
+            if name in routed:  # as many experts run as before
+                kept, units = routed[name]
+                numerator, denominator = numerator * units, denominator * kept
         for name in operation.axes:
             kept, units = shares.get(name, (1, 1))
             numerator, denominator = numerator * kept, denominator * units
         macs += numerator // denominator
     return Cost(params=params, macs=macs)
+
+
+def _routed(anatomy: Anatomy, keep: Keep) -> dict[str, tuple[int, int]]:
+    """Tensors with rows for every expert, the router's excepted -> experts now and before."""
+    return {
+        site.tensor: (len(keep[axis.name]), axis.units)
+        for axis in anatomy.axes
+        if axis.gate.kind == "router" and keep.get(axis.name)
+        for site in axis.sites
+        if site not in axis.gate.sites
+    }
+
+
+def _lost_experts(anatomy: Anatomy, keep: Keep) -> frozenset[str]:
+    """Modules in lists that are gone with their unit; what they computed others do now."""
+    return frozenset(
+        f"{path}.{unit}"
+        for axis in anatomy.axes
+        if axis.lists and axis.name in keep
+        for unit in _removed(axis, keep)
+        for path in axis.lists
+    )
+
+
+def _is_inside(name: str, modules: frozenset[str]) -> bool:
+    """Say whether the tensor `name` lies in one of `modules`, which may be many."""
+    ends = [place for place, character in enumerate(name) if character == "."]
+    return any(name[:end] in modules for end in ends)
 
 
 def _gone_scopes(anatomy: Anatomy, keep: Keep) -> tuple[str, ...]:

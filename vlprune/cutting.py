@@ -51,6 +51,9 @@ def cut_(model: nn.Module, plan_rows: Sequence[PlanRow]) -> None:
         if row.axis.removal == "bypass":
             _bypass(model, row)
     for row in rows:
+        for path in row.axis.lists:
+            _shorten(model, path, row)
+    for row in rows:
         if row.axis.removal == "delete":
             _delete(model, row)
 
@@ -235,6 +238,13 @@ def _bypass(model: nn.Module, row: PlanRow) -> None:
             block = model.get_submodule(owner)
             if name in block._modules:
                 block._modules[name] = None
+
+
+def _shorten(model: nn.Module, path: str, row: PlanRow) -> None:
+    """Take the modules of removed units out of a list that has one a unit."""
+    modules: Any = model.get_submodule(path)
+    for unit in reversed(row.removed):
+        del modules[unit]
 
 
 def _delete(model: nn.Module, row: PlanRow) -> None:

@@ -8,7 +8,9 @@ context gives the model back bit for bit. For good, units are removed by `pruner
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vlprune.anatomy import Axis
+from vlprune.calls import tensors_of
 from vlprune.errors import PlanError
+from vlprune.intercepts import ProductMode, RouterMode, while_running
 from vlprune.layout import resolve
 
 Tap = Callable[[Axis, int | None, Tensor, Tensor | None], None]
@@ -33,8 +37,8 @@ class Gates:
             backward gives every example its own gate gradient (`sample_gradients`).
         tap: called with (axis, unit, input, output) for what flows through a gate, before it is
             multiplied. For "input" and "product" gates unit is None, the input [..., units,
-            features] as the gate sees it, the output None; else residual input and output of the
-            unit's module.
+            features] as the gate sees it, the output None; for "router" gates likewise, the input
+            being 1 for every expert chosen; else residual input and output of the unit's module.
 
     Attributes:
         values: axis name to its gate [units], ones at first, float32. Assign 0 and 1, a tensor
@@ -124,6 +128,9 @@ class Gates:
         for swap in axis.swaps:
             if swap.when == "gate":
                 self._swap(self.model.get_submodule(swap.module), resolve(swap.to))
+        if axis.gate.kind == "router":
+            self._attach_router(axis)
+            return
         if axis.gate.kind == "input":
             for path in axis.gate.modules:
                 consumer = self.model.get_submodule(path)
@@ -131,7 +138,12 @@ class Gates:
         for name in dict.fromkeys(site.tensor for site in axis.gate.sites):
             path, _, weight = name.rpartition(".")
             hook = self._product_hook(axis, name)
-            self._handles.append(_hook_product(self.model.get_submodule(path), weight, hook))
+            for user in axis.gate.within:
+                module = self.model.get_submodule(path)
+                mode = ProductMode(getattr(module, weight), functools.partial(hook, module, None))
+                self._handles += while_running(self.model.get_submodule(user), mode)
+            if not axis.gate.within:
+                self._handles.append(_hook_product(self.model.get_submodule(path), weight, hook))
         if axis.gate.kind in ("input", "product"):
             return
         for unit, path in enumerate(axis.gate.modules):
@@ -223,6 +235,45 @@ class Gates:
         self._handles.append(norm.register_forward_pre_hook(narrow))
         self._handles.append(norm.register_forward_hook(restore))
 
+    def _attach_router(self, axis: Axis) -> None:
+        """Run every module of the gate in a mode that changes what its router answers."""
+        examples: list[int] = []
+
+        def gate_of(logits: Tensor) -> Tensor | None:
+            if self._is_open(axis):
+                return None
+            if not self._per_sample:
+                return self._gate(axis, None, logits)
+            tokens = math.prod(logits.shape[:-1])
+            batch = examples[-1] if tokens % examples[-1] == 0 else tokens
+            gate = self._gate(axis, None, logits.new_empty(batch, 0))
+            return gate.repeat_interleave(tokens // batch, 0).reshape(logits.shape)
+
+        tap = None
+        if self._tap is not None:
+            tap = functools.partial(_tapped, self._tap, axis)
+        first = axis.gate.modules[0]
+        owners = {site.tensor.rpartition(".")[0] for site in axis.gate.sites}
+        for path in axis.gate.modules:  # several where tied modules are routed alike
+            mode = RouterMode(axis.units, gate_of, tap)
+
+            def count(module: Any, args: Any, kwargs: Any) -> None:
+                examples[:] = [next(tensors_of((args, kwargs))).shape[0]]
+
+            def step(change: int, mode: RouterMode = mode) -> Callable[..., None]:
+                def moved(*_: Any) -> None:
+                    mode.inside += change
+
+                return moved
+
+            for owner in owners:
+                module = self.model.get_submodule(path + owner.removeprefix(first))
+                self._handles.append(module.register_forward_pre_hook(step(1)))
+                self._handles.append(module.register_forward_hook(step(-1)))
+            holder = self.model.get_submodule(path)
+            self._handles.append(holder.register_forward_pre_hook(count, with_kwargs=True))
+            self._handles += while_running(holder, mode)
+
     def _branch_hook(self, axis: Axis, unit: int) -> Callable[..., Any]:
         def interpolate(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             out = _first(output)
@@ -259,6 +310,10 @@ class Gates:
         else:
             value = self.values[axis.name] if unit is None else self.values[axis.name][unit]
         return value.to(device=x.device, dtype=x.dtype)
+
+
+def _tapped(tap: Tap, axis: Axis, chosen: Tensor) -> None:
+    tap(axis, None, chosen, None)
 
 
 def _hook_product(

@@ -239,7 +239,8 @@ def _keep_fault(axis: Axis | None, name: str, units: tuple[int, ...]) -> str:
     if valid and len(units) >= axis.least:
         return ""
     if valid:
-        return f"axis {name!r}: at least {axis.least} of its {axis.units} units must stay, got none"
+        counts = f"at least {axis.least} of its {axis.units} units must stay, got {len(units)}"
+        return f"axis {name!r}: {counts}"
     shown = str(tuple(units)) if len(units) <= 8 else f"{len(units)} units"
     return f"axis {name!r}: keep must hold distinct units in [0, {axis.units}), got {shown}"
 

@@ -64,7 +64,9 @@ def forward_tree(cls: Any) -> ast.Module | None:
     return tree
 
 
-def subclass(named: str, cls: type[nn.Module], owner: Any, tree: ast.Module) -> type[nn.Module]:
+def subclass(
+    named: str, cls: type[nn.Module], owner: Any, tree: ast.Module, **names: Any
+) -> type[nn.Module]:
     """Return the subclass of `cls` with this forward, in the scope of `owner`'s.
 
     Args:
@@ -72,12 +74,13 @@ def subclass(named: str, cls: type[nn.Module], owner: Any, tree: ast.Module) -> 
         cls: the class that modules have.
         owner: the class that defines the forward.
         tree: the changed forward.
+        names: what it may use beside that scope.
     """
     module, _, name = named.partition(":")
     source = ast.unparse(ast.fix_missing_locations(tree))
     file = f"<{module}.{name}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    scope = dict(inspect.unwrap(owner.forward).__globals__)
+    scope = {**inspect.unwrap(owner.forward).__globals__, **names}
     exec(compile(source, file, "exec"), scope)
     members = {"forward": scope["forward"], "__module__": module, "__doc__": cls.__doc__}
     return type(name, (cls,), members)

@@ -24,6 +24,8 @@ from vlprune.classes._rewriting import (
     is_nameable,
     subclass,
 )
+from vlprune.classes.calling import NAMES, call_layers, calling_name
+from vlprune.layout import resolve
 
 WIDTH = "vlprune_width"
 
@@ -63,6 +65,10 @@ def _narrow(name: str) -> type[nn.Module]:
         body.insert(index, ast.parse(f"whole_{width} = {width}").body[0])
         index += 1
     body.insert(index, ast.parse(f"{width} = self.{WIDTH}").body[0])
+    calling = calling_name(cls)  # a class that counts on padded layers must not lose that
+    if calling:
+        call_layers(tree)
+        return subclass(f"{__name__}:{name}", resolve(calling), owner, tree, **NAMES)
     return subclass(f"{__name__}:{name}", cls, owner, tree)
 
 

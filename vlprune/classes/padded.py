@@ -44,9 +44,13 @@ class PaddedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., full_columns] -> [..., full_rows]."""
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., full_columns] -> [..., full_rows], with a bias [rows that are kept]."""
         if self.columns is not None:
             x = x.index_select(-1, self.columns)
-        out = F.linear(x, self.weight, self.bias)
+        out = F.linear(x, self.weight, bias)
         if self.rows is None:
             return out
         whole = out.new_zeros(*out.shape[:-1], self.full_rows)
@@ -79,3 +83,12 @@ class PaddedLinear(nn.Linear):
         setattr(self, width, now)
         setattr(self, f"{side}_span", span or known)
         setattr(self, name, torch.tensor(moved, dtype=torch.long, device=self.weight.device))
+
+
+def product(layer: nn.Linear, x: Tensor, bias: Tensor | None) -> Tensor:
+    """What `layer` answers with a bias [full_rows] from elsewhere; where rows are gone, zeros."""
+    if not isinstance(layer, PaddedLinear):
+        return F.linear(x, layer.weight, bias)
+    if bias is not None and layer.rows is not None:
+        bias = bias[layer.rows]
+    return layer.product(x, bias)

@@ -51,8 +51,6 @@ def dims_of(
         plain = axis_of(coupling, heads.path)
         variants = _variants(region, coupling, plain, part, growth, width, sites, swaps)
         found = fit_any(region, call, variants)
-        if isinstance(found, str) and coupling.uncalled:
-            found = f"the weight of {coupling.uncalled[0]} is used, but the module not called"
         if isinstance(found, str):
             yield Refusal(module=heads.path, reason=f"dimensions stay: {found}", kind="head_dim")
             continue
@@ -66,8 +64,8 @@ def _of_every_head(
     """One axis per head (or per group that shares keys): its own dimensions, padded."""
     padded = padded_axis(region, shared)
     rows = {site for site in shared.sites if site.dim == 0 and _is_matrix(region, site)}
-    if padded is None or coupling.uncalled or not rows <= set(padded.sites):
-        name = next(iter(coupling.uncalled), min(_owner(site) for site in rows))
+    if padded is None or not rows <= set(padded.sites):
+        name = min(_owner(site) for site in rows)
         reason = f"dimensions of single heads stay: {name} is no linear layer that is called"
         yield Refusal(module=shared.path, reason=reason, kind="head_dim_per_head")
         return
@@ -110,7 +108,7 @@ def _gate_of_head(axis: Axis, head: int, heads: int) -> Gate:
     rows = axis.gate.sites or [site for site in axis.sites if site.dim == 0]
     matrices = tuple(s for s in _of_head(rows, head, heads) if not s.tensor.endswith(".bias"))
     modules = tuple(dict.fromkeys(map(_owner, matrices)))
-    return Gate(kind="product", modules=modules, sites=matrices)
+    return Gate(kind="product", modules=modules, sites=matrices, within=axis.gate.within)
 
 
 def _ways(region: nn.Module, heads: Axis, taken_on: tuple[Swap, ...]) -> list[tuple[Swap, ...]]:
@@ -168,6 +166,8 @@ def _variants(
         if grouping != "single" and width % 2:
             continue
         units = width if grouping == "single" else width // 2
+        if units < 2:
+            continue
         rows = tuple(s for site in sites for s in _spread(site, coupling.units, width, grouping))
         consumer = coupling.sites[-1]
         columns = _spread(consumer, coupling.units, width, grouping) if part == "v" else ()
@@ -200,7 +200,8 @@ def _gated(
         repeats = coupling.units * coupling.block // width
         gate = dataclasses.replace(axis.gate, block=1, repeats=repeats)
         yield dataclasses.replace(axis, gate=gate)
-        both = dataclasses.replace(gate, sites=tuple(s for s in rows if _is_matrix(region, s)))
+        products = tuple(s for s in rows if _is_matrix(region, s))
+        both = dataclasses.replace(gate, sites=products, within=_users(axis, coupling))
         yield dataclasses.replace(axis, gate=both)
         return
     matrices = [site for site in rows if _is_matrix(region, site)]
@@ -208,8 +209,14 @@ def _gated(
     queries = [site for site in matrices if (_owner(site), site.offset // width) == first]
     for chosen in (queries, matrices):
         modules = tuple(dict.fromkeys(map(_owner, chosen)))
-        gate = Gate(kind="product", modules=modules, sites=tuple(chosen))
+        within = _users(axis, coupling)
+        gate = Gate(kind="product", modules=modules, sites=tuple(chosen), within=within)
         yield dataclasses.replace(axis, gate=gate)
+
+
+def _users(axis: Axis, coupling: Coupling) -> tuple[str, ...]:
+    """The module that multiplies with the matrices, where it does not call their modules."""
+    return (axis.path,) if coupling.uncalled else ()
 
 
 def _spread(site: Site, heads: int, width: int, grouping: str) -> tuple[Site, ...]:

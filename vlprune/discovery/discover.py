@@ -16,8 +16,9 @@ from typing import Any
 from torch import nn
 
 from vlprune.anatomy import Axis, Knob, Refusal, Swap, under
-from vlprune.calls import Call, float64_default
+from vlprune.calls import Call, WideFloats, float64_default
 from vlprune.discovery.dims import dims_of
+from vlprune.discovery.experts import experts_of
 from vlprune.discovery.fit import common_path, fit, fit_padded
 from vlprune.discovery.probe import Coupling, couplings
 from vlprune.discovery.regions import (
@@ -151,8 +152,19 @@ def _joined(region: str, path: str) -> str:
     return ".".join(part for part in (region, path) if part)
 
 
-@float64_default()
 def _prove(
+    model: nn.Module,
+    path: str,
+    call: Call,
+    inner: Sequence[str],
+    layouts: Mapping[str, AttentionLayout],
+) -> tuple[list[Units], list[Refusal]]:
+    """Probe one region in float64 throughout; see `_proven`."""
+    with float64_default(), WideFloats():
+        return _proven(model, path, call, inner, layouts)
+
+
+def _proven(
     model: nn.Module,
     path: str,
     call: Call,
@@ -202,6 +214,11 @@ def _prove(
                     units.append(Units(region="", axis=answer))
                 else:
                     refusals.append(answer)
+    for answer in experts_of(module, real_call(call), inner):
+        if isinstance(answer, Axis):
+            units.append(Units(region="", axis=answer))
+        else:
+            refusals.append(answer)
     return units, list(dict.fromkeys(refusals))
 
 

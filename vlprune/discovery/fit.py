@@ -20,6 +20,7 @@ from torch import nn
 
 from vlprune.anatomy import Axis, Gate, Knob, Swap
 from vlprune.calls import Call, run
+from vlprune.classes.calling import calling_name
 from vlprune.classes.narrow import WIDTH, narrow_names
 from vlprune.classes.padded import PADDED
 from vlprune.classes.picking import KEPT, picking_name
@@ -170,7 +171,13 @@ def padded_axis(region: nn.Module, axis: Axis) -> Axis | None:
         return None
     sites = tuple(site for site in axis.sites if site.tensor.rpartition(".")[0] in matrices)
     gates = [swap for swap in axis.swaps if swap.when == "gate"]
-    swaps = (*gates, *(Swap(module=path, to=PADDED, when="cut") for path in sorted(matrices)))
+    users = {path.rpartition(".")[0] for path in matrices}
+    calling = {path: calling_name(type(region.get_submodule(path))) for path in sorted(users)}
+    swaps = (
+        *gates,
+        *(Swap(module=path, to=PADDED, when="cut") for path in sorted(matrices)),
+        *(Swap(module=path, to=name, when="cut") for path, name in calling.items() if name),
+    )
     gate = dataclasses.replace(axis.gate, norms=())
     return dataclasses.replace(axis, sites=sites, swaps=swaps, gate=gate, knobs=(), scopes=())
 
@@ -194,7 +201,12 @@ class Bench:
         axis = dataclasses.replace(self._axis, knobs=knobs)
         for keep in keeps or self.keeps:
             rows = [PlanRow(axis=axis, keep=keep)]
-            fault = _fault_of_cut(self._region, self._call, rows, self._masked(keep))
+            try:
+                expected = self._masked(keep)
+            except RuntimeError as error:  # a gate that does not fit what it multiplies
+                said = str(error).partition("\n")[0]
+                return f"masked, it raises {type(error).__name__}: {said}"
+            fault = _fault_of_cut(self._region, self._call, rows, expected)
             if fault:
                 return fault
         return ""

@@ -90,8 +90,11 @@ class AxisMetric:
 
 
 def unit_weights(model: nn.Module, axis: Axis) -> list[Tensor]:
-    """Return the parameters of an axis as rows [units, numbers per unit], one entry per site."""
-    rows = []
+    """Return the parameters of an axis as rows [units, numbers per unit], one entry per site.
+
+    What a unit has in a list of modules is one entry per list.
+    """
+    rows: list[Tensor] = [_rows_of_items(model.get_submodule(path)) for path in axis.lists]
     for site in axis.sites:
         tensor = parameter_of(model, site.tensor)
         if tensor is not None:
@@ -99,6 +102,12 @@ def unit_weights(model: nn.Module, axis: Axis) -> list[Tensor]:
             part = tensor.detach().index_select(site.dim, indices)
             rows.append(part.movedim(site.dim, 0).reshape(axis.units, -1))
     return rows
+
+
+def _rows_of_items(modules: nn.Module) -> Tensor:
+    """[modules, numbers of the largest]: all parameters of each module, zeros at the end."""
+    flat = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in modules.children()]
+    return nn.utils.rnn.pad_sequence(flat, batch_first=True)
 
 
 def unit_norms(model: nn.Module, axis: Axis, p: int = 2) -> Tensor:

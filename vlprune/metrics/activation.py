@@ -2,7 +2,8 @@
 
 For a head or a neuron the sum over its features of |x_j|_2 * |W_:j|_2, with x_j the feature over
 all tokens and W the consumer's weight; for a layer or half the Frobenius norm of what it adds; for
-query dimensions, which no matrix consumes, the norm of the features.
+query dimensions, which no matrix consumes, the norm of the features; for an expert how many tokens
+were sent to it.
 Cost: one forward pass over the data, one number per feature.
 
 Source: Sun et al., Wanda, ICLR 2024 (2306.11695), eq. 1, summed over columns as in FLAP's Wanda-sp
@@ -56,6 +57,8 @@ class Activation(AxisMetric):
         squares = self._totals[axis.name]
         if axis.gate.kind == "product":
             return squares.sum(1).sqrt()
+        if axis.gate.kind == "router":
+            return squares.sum(1)
         if axis.gate.kind != "input":
             return squares.sqrt()
         weight = parameter_of(self.model, f"{axis.gate.modules[0]}.weight")

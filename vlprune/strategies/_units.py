@@ -64,7 +64,8 @@ def _fault(view: ModelView, axes: Sequence[Axis]) -> str:
 
 def _uneven(axis: Axis, number: int) -> tuple[int, ...]:
     """What to keep in a trial: another number of units on one axis than on the next."""
-    gone = {(number + i) % axis.units for i in range(1 + number % max(axis.units // 2, 1))}
+    most = max(min(1 + number % max(axis.units // 2, 1), axis.units - axis.least), 0)
+    gone = {(number + i) % axis.units for i in range(most)}
     return tuple(unit for unit in range(axis.units) if unit not in gone)
 
 
@@ -103,6 +104,7 @@ def _merged(axes: Sequence[Axis]) -> Axis:
         modules=tuple(path for gate in gates for path in gate.modules),
         norms=tuple(path for gate in gates for path in gate.norms),
         sites=tuple(dict.fromkeys(site for gate in gates for site in gate.sites)),
+        within=tuple(path for gate in gates for path in gate.within),
     )
     return dataclasses.replace(
         first,
@@ -110,6 +112,7 @@ def _merged(axes: Sequence[Axis]) -> Axis:
         knobs=tuple(knob for axis in axes for knob in axis.knobs),
         swaps=tuple(swap for axis in axes for swap in axis.swaps),
         scopes=(scopes,) if scopes else (),
+        lists=tuple(dict.fromkeys(path for axis in axes for path in axis.lists)),
         least=max(axis.least for axis in axes),
     )
 
@@ -129,6 +132,7 @@ def _absolute(view: ModelView, region: str, axis: Axis) -> Axis:
         modules=tuple(map(at, axis.gate.modules)),
         norms=tuple(map(at, axis.gate.norms)),
         sites=tuple(map(site_at, axis.gate.sites)),
+        within=tuple(map(at, axis.gate.within)),
     )
     path = at(axis.path)
     return dataclasses.replace(
@@ -141,6 +145,7 @@ def _absolute(view: ModelView, region: str, axis: Axis) -> Axis:
         knobs=tuple(dataclasses.replace(k, module=at(k.module)) for k in axis.knobs),
         swaps=tuple(dataclasses.replace(s, module=at(s.module)) for s in axis.swaps),
         scopes=tuple(tuple(map(at, scope)) for scope in axis.scopes),
+        lists=tuple(map(at, axis.lists)),
     )
 
 

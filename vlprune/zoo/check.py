@@ -26,6 +26,7 @@ from vlprune.store import from_pretrained, save_pretrained
 from vlprune.zoo.entries import Entry
 
 STRATEGIES = ("head", "ffn", "layer", "head_dim")
+WHERE_FOUND = ("expert",)  # strategies for what few models have
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,9 @@ def _checked(entry: Entry, row: Row) -> Row:
         reason = str(error).partition("\n")[0]
         outcomes = {kind: Outcome(refused=(reason,)) for kind in STRATEGIES}
         return dataclasses.replace(row, params=params, outcomes=outcomes)
-    outcomes = {kind: _outcome(model, anatomy, inputs, kind) for kind in STRATEGIES}
+    named = {*anatomy.kinds, *(refusal.kind for refusal in anatomy.refusals)}
+    kinds = (*STRATEGIES, *(kind for kind in WHERE_FOUND if kind in named))
+    outcomes = {kind: _outcome(model, anatomy, inputs, kind) for kind in kinds}
     row = dataclasses.replace(row, params=params, outcomes=outcomes)
     plan = make_plan(anatomy, random_keep(anatomy, 2))
     proven = all(o.error is not None for o in outcomes.values() if o.axes)

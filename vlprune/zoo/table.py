@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from vlprune.plan import versions
-from vlprune.zoo.check import STRATEGIES, Outcome, Row, check
+from vlprune.zoo.check import STRATEGIES, WHERE_FOUND, Outcome, Row, check
 from vlprune.zoo.entries import Entry
 
 _ABOUT = """\
@@ -142,7 +142,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
             ]
         )
         for row in rows:
-            for kind in STRATEGIES:
+            for kind in (*STRATEGIES, *(k for k in WHERE_FOUND if k in row.outcomes)):
                 o = row.outcomes.get(kind, Outcome())
                 writer.writerow(
                     [
@@ -178,19 +178,32 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def summary(rows: Sequence[Row]) -> list[str]:
     """Return a Markdown table: entries and how many are exact, per library."""
-    header = ["entries", *(f"{kind} exact" for kind in STRATEGIES), "reload", "faults"]
+    kinds = (*STRATEGIES, *_kinds_found(rows))
+    header = ["entries", *(f"{kind} exact" for kind in kinds), "reload", "faults"]
     lines = ["| library | " + " | ".join(header) + " |", "|---" * (len(header) + 1) + "|"]
     groups = [
         (library, [r for r in rows if r.name.startswith(library + "/")]) for library in LIBRARIES
     ]
     for name, chosen in [*groups, ("all", list(rows))]:
         if chosen:
-            total = len(chosen)
-            exact = [sum(_is_exact(row, kind) for row in chosen) for kind in STRATEGIES]
-            cells = [str(total), *(f"{count} ({count / total:.1%})" for count in exact)]
+            cells = [str(len(chosen)), *(_exact_of(chosen, kind) for kind in kinds)]
             cells += [str(sum(r.reloads for r in chosen)), str(sum(bool(r.fault) for r in chosen))]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _kinds_found(rows: Sequence[Row]) -> list[str]:
+    """The strategies for what few models have, of those that any of `rows` has."""
+    return [kind for kind in WHERE_FOUND if any(kind in row.outcomes for row in rows)]
+
+
+def _exact_of(rows: Sequence[Row], kind: str) -> str:
+    """How many are exact, of all or of those that have such units."""
+    exact = sum(_is_exact(row, kind) for row in rows)
+    if kind in WHERE_FOUND:
+        having = sum(kind in row.outcomes for row in rows)
+        return f"{exact} of {having}" if having else ""
+    return f"{exact} ({exact / len(rows):.1%})"
 
 
 def _is_exact(row: Row, kind: str) -> bool:
@@ -221,11 +234,12 @@ def _plain(text: str) -> str:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    header = ["entry", "of", "params", *STRATEGIES, "reloads"]
+    kinds = (*STRATEGIES, *_kinds_found(rows))
+    header = ["entry", "of", "params", *kinds, "reloads"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for row in rows:
         cells = [row.name.partition("/")[2], row.group, f"{row.params:,}"]
-        cells += [_cell(row, kind) for kind in STRATEGIES] + ["yes" if row.reloads else "no"]
+        cells += [_cell(row, kind) for kind in kinds] + ["yes" if row.reloads else "no"]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -233,6 +247,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
 def _cell(row: Row, kind: str) -> str:
     if row.fault:
         return _plain(row.fault)
+    if kind in WHERE_FOUND and kind not in row.outcomes:
+        return ""
     outcome = row.outcomes.get(kind, Outcome())
     if outcome.is_exact:
         return f"exact {outcome.error:.0e}, {outcome.units} units"
