@@ -16,6 +16,7 @@ RANKS = {
     "calls": 1,
     "registry": 1,
     "copies": 2,
+    "measures": 2,
     "intercepts": 2,
     "shapes": 2,
     "layout": 2,
@@ -26,6 +27,7 @@ RANKS = {
     "graph": 3,
     "cutting": 4,
     "law": 4,
+    "ablation": 5,
     "discovery": 5,
     "dissect": 6,
     "contracts": 7,
@@ -44,6 +46,17 @@ RANKS = {
     "__init__": 12,
 }
 FOLDERS = {  # folders that are no plug-ins: rank inside of them
+    "ablation": {
+        "removals": 0,
+        "replay": 0,
+        "intervals": 0,
+        "store": 1,
+        "sequential": 1,
+        "trimming": 1,
+        "batch": 2,
+        "engine": 3,
+        "__init__": 4,
+    },
     "classes": {
         "_rewriting": 0,
         "padded": 1,

@@ -6,7 +6,7 @@ A family is data (`layout.Family`). The smallest plug-ins that fulfil these are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -17,7 +17,7 @@ from vlprune.calls import Inputs
 from vlprune.dissect import ModelView
 from vlprune.plan import Scores
 
-Needs = Literal["nothing", "forward", "backward", "measure"]
+Needs = Literal["nothing", "forward", "backward", "measure", "task"]
 
 
 class Metric(Protocol):
@@ -25,8 +25,9 @@ class Metric(Protocol):
 
     Attributes:
         needs: what precedes every `update`: "nothing" (the weights are enough, no update),
-            a "forward", a forward and "backward", or "measure": `update` is given a function
-            without arguments that says how well the model does now (higher is better).
+            a "forward", a forward and "backward"; or what `update` is given: with "measure" a
+            function without arguments that says how well the model does now (higher is better),
+            with "task" the task itself.
     """
 
     needs: ClassVar[Needs]
@@ -39,8 +40,8 @@ class Metric(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
-    def update(self, measure: Callable[[], float] | None = None) -> None:
-        """Take in one batch, or for "measure" all units."""
+    def update(self, measure: Any = None) -> None:
+        """Take in one batch, or for "measure" and "task" all units."""
 
     def compute(self) -> Scores:
         """Return the scores of all that was taken in."""

@@ -42,7 +42,9 @@ class Gates:
 
     Attributes:
         values: axis name to its gate [units], ones at first, float32. Assign 0 and 1, a tensor
-            with a gradient, or a parameter. Moves to the device and dtype of what it multiplies.
+            with a gradient, or a parameter; or gates [variants, units] for a batch that holds as
+            many copies of its examples, one copy after the other. Moves to the device and dtype
+            of what it multiplies.
     """
 
     def __init__(
@@ -283,7 +285,7 @@ class Gates:
             if self._is_open(axis):
                 return output
             gate = self._gate(axis, unit, out)
-            if gate.dim() == 1 and self._per_sample:
+            if gate.dim() == 1:
                 gate = gate.reshape(-1, *[1] * (out.dim() - 1))  # [B] -> [B, 1, ...]
             if axis.gate.kind == "output":
                 out = out * gate
@@ -308,7 +310,10 @@ class Gates:
             self._samples[axis.name, unit].append(fresh)
             value = fresh if unit is None else fresh[:, 0]
         else:
-            value = self.values[axis.name] if unit is None else self.values[axis.name][unit]
+            value = self.values[axis.name]
+            value = value if unit is None else value[..., unit]
+            if self.values[axis.name].dim() == 2:  # a row per variant, each with many examples
+                value = value.repeat_interleave(x.shape[0] // len(value), 0)
         return value.to(device=x.device, dtype=x.dtype)
 
 

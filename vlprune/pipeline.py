@@ -155,13 +155,16 @@ def score(
                 strategies=strategies,
                 max_batches=max_batches,
             )
-    if kind.needs == "measure":
+    if kind.needs in ("measure", "task"):
         settings["progress"] = progress
     meter = kind(model, anatomy, strategies=strategies, **settings)
     with quiet_eval(model), frozen(model), meter:
         if task is not None and kind.needs == "measure":
             with torch.no_grad():
                 meter.update(lambda: task.measure(model))
+        elif kind.needs == "task":
+            with torch.no_grad():
+                meter.update(task)
         elif task is not None and kind.needs != "nothing":
             _run_batches(meter, model, task, kind.needs, max_batches, progress)
         scores: Scores = meter.compute()

@@ -39,12 +39,15 @@ class Scores:
         values: axis name to one finite float per unit.
         metric: name of the metric.
         settings: how it was run, JSON values only (seed, examples, options).
+        intervals: axis name to (low, high) per unit, 95 %, for metrics that know how sure they
+            are; else empty.
     """
 
     anatomy: Anatomy
     values: dict[str, tuple[float, ...]]
     metric: str
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    intervals: dict[str, tuple[tuple[float, float], ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         faults = [_score_fault(axis, self.values.get(axis.name)) for axis in self.anatomy.axes]
@@ -68,7 +71,15 @@ class Scores:
                 f"  {axis.name:<56} {axis.units:>5} units  "
                 f"min {min(row):.3g}  mean {sum(row) / len(row):.3g}  max {max(row):.3g}"
             )
+        if self.intervals:
+            apart, units = self.apart_from_zero()
+            lines.append(f"  {apart:,} of {units:,} units are told apart from zero (95 %)")
         return "\n".join(lines)
+
+    def apart_from_zero(self) -> tuple[int, int]:
+        """Return how many units have an interval without zero, of how many that have one."""
+        rows = [interval for row in self.intervals.values() for interval in row]
+        return sum(low > 0 or high < 0 for low, high in rows), len(rows)
 
 
 def _score_fault(axis: Axis, row: tuple[float, ...] | None) -> str:

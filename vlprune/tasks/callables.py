@@ -20,7 +20,9 @@ class CallableTask:
     Args:
         batches: a list or loader that can be gone through many times.
         loss: model and batch to a scalar, the mean over the batch.
-        measure: model to a float, higher is better; default: minus the mean loss.
+        measure: model to a float, higher is better; default: minus the mean loss. With one of
+            one's own, mope calls it once for every removal; without, it is spared most of that.
+        outputs: model and batch to predictions [B, choices], for the measures "kl" and "cosine".
         example_inputs: inputs of one example, for dissecting and checking the model.
         name: for reports.
 
@@ -33,6 +35,7 @@ class CallableTask:
         batches: Iterable[Any],
         loss: Callable[[nn.Module, Any], Tensor],
         measure: Callable[[nn.Module], float] | None = None,
+        outputs: Callable[[nn.Module, Any], Tensor] | None = None,
         example_inputs: Inputs | None = None,
         name: str = "callables",
     ):
@@ -41,6 +44,7 @@ class CallableTask:
         self._batches = batches
         self._loss = loss
         self._measure = measure
+        self._outputs = outputs
         self._example_inputs = example_inputs
 
     def batches(self) -> Iterable[Any]:
@@ -60,6 +64,38 @@ class CallableTask:
         if not losses:
             raise ValueError("batches must hold at least one batch; got none in CallableTask.")
         return -float(torch.stack(losses).mean())
+
+    @property
+    def values_examples(self) -> bool:
+        """Whether the measure is a mean over batches, which `outputs` and `values` then give."""
+        return self._measure is None
+
+    def outputs(self, model: nn.Module, batch: Any) -> tuple[Tensor, ...]:
+        """Return the loss of the batch [1], and predictions where there are any."""
+        loss = self._loss(model, batch).reshape(1)
+        return (loss,) if self._outputs is None else (loss, self._outputs(model, batch))
+
+    def targets(self, batch: Any) -> Tensor:
+        """Return nothing [0]: what a loss needs stays with the batch."""
+        return torch.empty(0)
+
+    def values(self, outputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        """Return minus the loss of every batch [batches]."""
+        return -outputs[0]
+
+    def losses(self, model: nn.Module, outputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        """Return the loss of the batch [1]."""
+        return outputs[0]
+
+    def logits(self, model: nn.Module, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the predictions [B, choices].
+
+        Raises:
+            TypeError: if no `outputs` were given.
+        """
+        if len(outputs) < 2:
+            raise TypeError("measure 'kl' needs predictions; give CallableTask(outputs=...).")
+        return outputs[1:]
 
     def example_inputs(self, model: nn.Module) -> Inputs | None:
         """Return the inputs of one example, None where they were not given."""

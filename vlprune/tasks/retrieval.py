@@ -76,11 +76,38 @@ class Retrieval:
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the symmetric InfoNCE of one batch, at the model's own temperature."""
+        return self.losses(model, self.outputs(model, batch), batch[1]).mean()
+
+    def outputs(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return image and text features [B, E] of length 1."""
         image, text = (x.to(_device(model)) for x in batch)
-        image_features, text_features = self._features(model, image, text)
-        logits = _logit_scale(model) * image_features @ text_features.T
-        target = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return self._features(model, image, text)
+
+    def targets(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the token ids [B, T]: equal ones are equal captions."""
+        return batch[1]
+
+    def values(self, outputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        """Return the recall mean of every pair [N] in percent, both ways."""
+        images, texts = outputs
+        similarity = images.float() @ texts.float().T
+        both = _hits(similarity, targets.to(similarity.device), self.ks)
+        return 100 * torch.stack([hit.double() for hits in both for hit in hits.values()]).mean(0)
+
+    def losses(self, model: nn.Module, outputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        """Return the symmetric InfoNCE of every pair [B] in its batch."""
+        target = torch.arange(len(outputs[0]), device=outputs[0].device)
+        both = [
+            F.cross_entropy(logits, target, reduction="none")
+            for logits in self.logits(model, outputs)
+        ]
+        return torch.stack(both).mean(0)
+
+    def logits(self, model: nn.Module, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return similarities at the model's temperature: images by texts, texts by images."""
+        images, texts = outputs
+        logits = _logit_scale(model) * images @ texts.T
+        return logits, logits.T
 
     def measure(self, model: nn.Module) -> float:
         """Return the recall mean in percent."""
@@ -125,18 +152,27 @@ def recall(similarity: Tensor, captions: Tensor, ks: tuple[int, ...] = (1, 5, 10
         captions: token ids [texts, T]; columns with equal ids are equally correct.
         ks: the k of recall at k.
     """
+    text, image = (
+        {k: 100 * float(hit.double().mean()) for k, hit in hits.items()}
+        for hits in _hits(similarity, captions, ks)
+    )
+    return Recall(text=text, image=image)
+
+
+def _hits(
+    similarity: Tensor, captions: Tensor, ks: tuple[int, ...]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Which images [N] find a text of theirs among the first k, and which texts an image."""
     _, group = torch.unique(captions, dim=0, return_inverse=True)
     correct = group[:, None] == group[None, :]
-    return Recall(
-        text=_hit_rates(similarity, correct, ks), image=_hit_rates(similarity.T, correct, ks)
-    )
+    return _row_hits(similarity, correct, ks), _row_hits(similarity.T, correct, ks)
 
 
-def _hit_rates(similarity: Tensor, correct: Tensor, ks: tuple[int, ...]) -> dict[int, float]:
+def _row_hits(similarity: Tensor, correct: Tensor, ks: tuple[int, ...]) -> dict[int, Tensor]:
     best = similarity.masked_fill(~correct, float("-inf")).amax(1, keepdim=True)
     wrong_before = ((similarity >= best) & ~correct).sum(1)  # ties count against
     hit = best.squeeze(1).isfinite()  # NaN features find nothing
-    return {k: 100 * float(((wrong_before < k) & hit).double().mean()) for k in ks}
+    return {k: (wrong_before < k) & hit for k in ks}
 
 
 def encode_pair(model: Any, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""Units taken out one by one and measured: exact, cached, resumable, sharded."""

@@ -1,0 +1,119 @@
+"""An append-only store of what ablations gave: nothing that was written is lost or computed again.
+
+One folder a key (weights, data, settings). Every process appends lines to a file of its own, one a
+removal and batch, and reads the files of all. A process that is killed loses what it was computing
+at that moment; a line that was cut off is skipped. Once all batches of a removal are there, its
+values are written as one line, and its parts may go (`compact`).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vlprune.calls import tensors_of
+from vlprune.measures import Kept
+
+
+class Store:
+    """Parts (removal, batch) and values (removal) under one key.
+
+    Args:
+        folder: where stores lie; made if it is not there. None: nothing is kept on disk.
+        key: what the numbers depend on, see `key_of`.
+    """
+
+    def __init__(self, folder: str | Path | None, key: str):
+        self.folder = None if folder is None else Path(folder) / key
+        self._mine = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.parts: dict[tuple[str, int], Kept] = {}
+        self.values: dict[str, tuple[int, Tensor]] = {}  # batches, value of every example
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.read()
+
+    def read(self) -> None:
+        """Take in what all processes have written so far."""
+        if self.folder is None:
+            return
+        for line in _lines(self.folder.glob("values-*.jsonl")):
+            self.values[line["removal"]] = (line["batches"], _array(line["values"]))
+        for line in _lines(self.folder.glob("parts-*.jsonl")):
+            key = (line["removal"], line["batch"])
+            if key[0] not in self.values and key not in self.parts:
+                self.parts[key] = tuple(None if t is None else _array(t) for t in line["kept"])
+
+    def add_part(self, removal: str, batch: int, kept: Kept) -> None:
+        """Keep what one batch gave without the units of a removal."""
+        self.parts[removal, batch] = kept
+        arrays = [None if t is None else _packed(t) for t in kept]
+        self._append("parts", {"removal": removal, "batch": batch, "kept": arrays})
+
+    def add_values(self, removal: str, batches: int, values: Tensor) -> None:
+        """Keep the value of every example of the first batches; its parts are needed no more."""
+        self.values[removal] = (batches, values)
+        line = {"removal": removal, "batches": batches, "values": _packed(values)}
+        self._append("values", line)
+        for key in [key for key in self.parts if key[0] == removal]:
+            del self.parts[key]
+
+    def compact(self) -> None:
+        """Delete this process's parts, all of whose removals have their values."""
+        if self.folder is not None and not self.parts:
+            (self.folder / f"parts-{self._mine}.jsonl").unlink(missing_ok=True)
+
+    def _append(self, kind: str, line: Mapping[str, Any]) -> None:
+        if self.folder is not None:
+            with (self.folder / f"{kind}-{self._mine}.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")  # one write, closed at once
+
+
+def key_of(model: nn.Module, batches: Iterable[Any], settings: Mapping[str, Any]) -> str:
+    """Return a short hash of weights, data and settings."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        _feed(digest, tensor)
+    for batch in batches:
+        for tensor in tensors_of(batch):
+            _feed(digest, tensor)
+    digest.update(json.dumps(dict(settings), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        digest.update(flat.view(torch.uint8).numpy().data)
+
+
+def _lines(paths: Iterable[Path]) -> Iterator[Any]:
+    for path in sorted(paths):
+        for line in path.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:  # cut off while it was written
+                continue
+
+
+def _packed(tensor: Tensor) -> dict[str, Any]:
+    array = tensor.detach().cpu().contiguous().numpy()
+    data = base64.b64encode(array.tobytes()).decode()
+    return {"dtype": str(array.dtype), "shape": list(array.shape), "data": data}
+
+
+def _array(packed: Mapping[str, Any]) -> Tensor:
+    raw = base64.b64decode(packed["data"])
+    array = np.frombuffer(raw, dtype=packed["dtype"]).reshape(packed["shape"])
+    return torch.from_numpy(array.copy())
