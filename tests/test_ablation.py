@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,22 @@ def test_nothing_is_left_on_the_model() -> None:
     assert [(dict(vars(m)), len(m._forward_hooks)) for m in model.modules()] == before
 
 
+def test_auto_fills_the_device() -> None:
+    from vlprune.ablation.engine import _filling
+
+    cpu = torch.device("cpu")
+    assert [_filling(cpu, tokens, 0) for tokens in (1, 136, 4_096, 10**6)] == [4_096, 30, 1, 1]
+    model, anatomy = dissected("open_clip")
+    anatomy = anatomy.select(("head",))
+    removals = Mope(model, anatomy, strategies=("head",)).removals()
+    engine = Engine(model, Retrieval(pairs()), anatomy, removals, copies="auto", measure="kl")
+    auto = engine.run()
+    assert engine._ablations.copies == 4_096 // (8 * 17)
+    one = Engine(model, Retrieval(pairs()), anatomy, removals, measure="kl").run()
+    for removal in removals:
+        assert torch.allclose(auto.falls[removal], one.falls[removal], atol=1e-6)
+
+
 def test_memory_is_bounded_by_passes_and_stated() -> None:
     model, anatomy = dissected("open_clip")
     anatomy = anatomy.select(("head", "layer"))
@@ -485,17 +502,47 @@ def test_adaptive_keeps_what_the_exact_engine_keeps() -> None:
         vlprune.score(model, "mope", task, adaptive=budget, shard=(0, 2), **settings)
 
 
+def test_nested_removals_add_up_to_all_that_goes() -> None:
+    model, anatomy = dissected("open_clip")
+    kinds = ("head", "ffn", "layer", "sublayer")
+    anatomy = anatomy.select(kinds)
+    task = Retrieval(pairs())
+    scores = vlprune.score(
+        model, "mope", task, anatomy=anatomy, strategies=kinds, measure="kl", nested=True
+    )
+    with torch.no_grad():
+        dense = [task.outputs(model, batch) for batch in task.batches()]
+        measure = MEASURES["kl"](task, model)
+        for axis in anatomy.axes:
+            with vlprune.Gates(model, [axis]) as gates:
+                gates.keep({axis.name: ()})
+                values = [
+                    measure.value(task.outputs(model, batch), before, batch[1])
+                    for batch, before in zip(task.batches(), dense, strict=True)
+                ]
+            everything = -float(torch.cat(values).mean())
+            total = sum(scores.values[axis.name])
+            assert total == pytest.approx(everything, rel=1e-3, abs=1e-4), axis.name
+    with pytest.raises(ValueError, match="one by one"):
+        Mope(model, anatomy, nested=True, adaptive={"params": 0.5})
+
+
 def test_progress_tells_the_time_left_and_what_is_known() -> None:
     model, anatomy = dissected("open_clip")
     anatomy = anatomy.select(("head",))
     states: list[State] = []
-    meter = Mope(model, anatomy, strategies=("head",), measure="kl", watch=states.append)
+    last: list[vlprune.Scores] = []
+
+    def watch(state: State, scores: Callable[[], vlprune.Scores]) -> None:
+        states.append(state)
+        last[:] = [scores()]
+
+    meter = Mope(model, anatomy, strategies=("head",), measure="kl", watch=watch)
     meter.update(Retrieval(pairs()))
     assert [state.done for state in states] == list(range(1, states[-1].total + 1))
     assert states[-1].seconds_left == pytest.approx(0, abs=1e-6)
     assert states[3].seconds_left > 0
-    scores = meter.scores_of(states[-1].so_far())
-    assert scores.values == meter.compute().values
+    assert last[0].values == meter.compute().values
 
 
 def test_contiguous_groups_come_with_a_warning() -> None:

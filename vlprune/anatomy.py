@@ -223,9 +223,10 @@ class Anatomy:
             f"such as {', '.join(a.name for a in self.axes[:3])}."
         )
 
-    def select(self, kinds: tuple[str, ...]) -> Anatomy:
-        """Return the same anatomy with only the axes of these kinds, for metrics to score."""
-        return dataclasses.replace(self, axes=tuple(a for a in self.axes if a.kind in kinds))
+    def select(self, kinds: tuple[str, ...], towers: tuple[str, ...] = ()) -> Anatomy:
+        """Return the same anatomy with only the axes of these kinds (and towers), to be scored."""
+        axes = [a for a in self.axes if a.kind in kinds and (not towers or a.tower in towers)]
+        return dataclasses.replace(self, axes=tuple(axes))
 
     @property
     def kinds(self) -> tuple[str, ...]:

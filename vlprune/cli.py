@@ -14,7 +14,8 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Structured pruning for vision-language transformers: weights, not tokens.",
 )
+_TELL_SECONDS = 20.0
 out = Console()
 err = Console(stderr=True)
 
@@ -149,15 +151,84 @@ def score(
     pretrained: Pretrained = "",
     device: Device = "cpu",
     seed: Seed = 0,
+    store: Annotated[str, typer.Option(help="mope: folder to resume from.")] = "",
+    shard: Annotated[str, typer.Option(help="mope: measure share i of n only, i/n.")] = "",
+    units_per_batch: Annotated[str, typer.Option(help="mope: side by side, number or auto.")] = "",
+    adaptive: Annotated[str, typer.Option(help="mope: stop early for a budget, params=0.5.")] = "",
+    plan_so_far: Annotated[
+        str, typer.Option(help="mope: say every 20 s what a plan of params=0.5 would keep now.")
+    ] = "",
 ) -> None:
-    """Score every unit of a model by a metric."""
+    """Score every unit of a model by a metric; under torchrun the ranks share the work of mope."""
     from vlprune.store import write_json
 
     dense = _model(model, pretrained, device)
     task = task or _default_task(model)
-    scores = _score(dense, metric, task, examples, strategies, settings, seed)
+    options = _ablation_options(store, shard, units_per_batch, adaptive, plan_so_far)
+    with _ranks(device) as rank:
+        scores = _score(dense, metric, task, examples, strategies, settings, seed, options)
+        if rank:
+            return
     write_json(scores, to)
     say(f"{sum(a.units for a in scores.anatomy.axes):,} units scored: {to}")
+    if scores.intervals:
+        apart, units = scores.apart_from_zero()
+        say(f"{apart:,} of {units:,} are told apart from zero (95 %)")
+
+
+def _ablation_options(
+    store: str, shard: str, units_per_batch: str, adaptive: str, plan_so_far: str
+) -> dict[str, Any]:
+    """Settings of mope from the options that were given."""
+    options: dict[str, Any] = {}
+    if store:
+        options["store"] = store
+    if shard:
+        index, slash, count = shard.partition("/")
+        if not (slash and index.isdigit() and count.isdigit()):
+            raise ValueError(f"shard must be i/n, such as 0/4; got {shard!r}.")
+        options["shard"] = (int(index), int(count))
+    if units_per_batch:
+        if units_per_batch != "auto" and not units_per_batch.isdigit():
+            raise ValueError(f"units-per-batch must be a number or auto; got {units_per_batch!r}.")
+        number = units_per_batch
+        options["copies"] = "auto" if number == "auto" else int(number)
+    if adaptive:
+        options["adaptive"] = _pairs([adaptive], "adaptive", float)
+    if plan_so_far:
+        options["watch"] = _teller(_pairs([plan_so_far], "plan-so-far", float))
+    return options
+
+
+def _teller(budget: dict[str, float]) -> Any:
+    """A watcher that says from time to time how long it takes still, and what would stay now."""
+    import vlprune
+
+    last = [time.monotonic()]
+
+    def watch(state: Any, scores: Any) -> None:
+        if time.monotonic() - last[0] < _TELL_SECONDS:
+            return
+        last[0] = time.monotonic()
+        say(f"{state.done}/{state.total}, {state.seconds_left:.0f} s left; stopped now:")
+        say(str(vlprune.plan(scores(), budget)))
+
+    return watch
+
+
+@contextlib.contextmanager
+def _ranks(device: str) -> Iterator[int]:
+    """Join the other processes of torchrun, if there are any; the rank of this one."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0
+        return
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
 
 
 @app.command()
@@ -352,13 +423,14 @@ def _score(
     strategies: str,
     settings: list[str],
     seed: int,
+    given: Mapping[str, Any] | None = None,
 ) -> Any:
     import torch
 
     import vlprune
 
     torch.manual_seed(seed)
-    options = _pairs(settings, "set", _literal)
+    options = {**_pairs(settings, "set", _literal), **(given or {})}
     if not task and registry.METRICS[metric].needs != "nothing":
         raise ValueError(
             f"metric {metric!r} must be given a task; got none. Add --task scenes for a model that "

@@ -136,6 +136,17 @@ class Ablations:
                 if not all(removal in known for removal in pack):
                     yield from self._run(axis, pack, handed, self._instead(axis, inner, len(pack)))
 
+    @property
+    def tokens(self) -> int:
+        """Rows that the widest blocks of the last batch compute: examples by tokens."""
+        sizes = [
+            tensor.shape[0] * (tensor.shape[1] if tensor.dim() == 3 else 1)
+            for (path, _), answer in self._record.answers.items()
+            if path in self.blocks
+            for tensor in tensors_of(answer)
+        ]
+        return max(sizes, default=1)
+
     def cost(self, block: str) -> int:
         """Multiply-accumulates of what runs when a unit of `block` is out, on the example inputs.
 

@@ -11,7 +11,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -82,7 +82,8 @@ class Engine:
         store: folder of the append-only store; None keeps nothing on disk.
         shard: (index, count): which share of the blocks this process measures. Under
             `torch.distributed` the ranks share, and each gets the effects of all.
-        copies: removals of one axis that run side by side.
+        copies: removals of one axis that run side by side in one forward. "auto" fills the device:
+            as many as make 4,096 tokens on a CPU, 65,536 elsewhere, within its free memory.
         memory: bytes that kept outputs may take; more of them are split into passes.
         stopper: asked after 1, 2, 4, ... batches which removals may stop.
         progress: called after every removal.
@@ -98,7 +99,7 @@ class Engine:
         measure: str = "task",
         store: str | Path | None = None,
         shard: tuple[int, int] = (0, 1),
-        copies: int = 1,
+        copies: int | Literal["auto"] = 1,
         memory: int = 2 * 2**30,
         stopper: Stopper | None = None,
         progress: Callable[[State], None] | None = None,
@@ -117,10 +118,11 @@ class Engine:
         self._progress = progress
         self._shard = shard if not _is_distributed() else (dist.get_rank(), dist.get_world_size())
         self._ablations = Ablations(
-            model, anatomy, self.removals, lambda batch: task.outputs(model, batch), copies=copies
+            model, anatomy, self.removals, lambda batch: task.outputs(model, batch)
         )
-        settings = {"measure": measure, "copies": copies, "torch": torch.__version__}
-        settings |= {"device": next(model.parameters()).device.type, "format": 1}
+        self._copies = copies
+        self._settings = {"measure": measure, "torch": torch.__version__, "format": 1}
+        self._folder = store
         batches: Any = task.batches()
         self._targets = [task.targets(batch) for batch in batches]
         self._dense: dict[int, Kept] = {}
@@ -128,21 +130,33 @@ class Engine:
         self._settled: dict[Removal, Tensor] = {}  # removal -> its falls then
         self._evaluations = self._done = 0
         self._spent = self._seconds = 0.0
-        key = key_of(model, task.batches(), settings) if store is not None else ""
-        self.store = Store(store, key)
 
     def run(self) -> Effects:
         """Measure what the store does not hold; return what is known of all removals then."""
         with quiet_eval(self.model), frozen(self.model), torch.no_grad(), self._ablations:
+            self._begin()
             for part in self._passes():
                 self._pass(part)
         self._exchange()
         return self._effects()
 
+    def _begin(self) -> None:
+        """Look at the first batch: how many removals side by side, and which store that is."""
+        self._first = self._ablations.begin(next(iter(self.task.batches())))
+        device = self._first[0].device
+        if self._copies == "auto":
+            self._ablations.copies = _filling(device, self._ablations.tokens, self._ablations.bytes)
+        else:
+            self._ablations.copies = self._copies
+        key = ""
+        if self._folder is not None:
+            settings = {"copies": self._ablations.copies, "device": device.type, **self._settings}
+            key = key_of(self.model, self.task.batches(), settings)
+        self.store = Store(self._folder, key)
+
     def _passes(self) -> list[dict[str, list[Removal]]]:
         """The blocks that this process measures, in parts whose kept outputs fit the memory."""
-        first = next(iter(self.task.batches()))
-        dense = self._ablations.begin(first)
+        dense = self._first
         blocks = self._ablations.blocks
         self._costs = {block: max(self._ablations.cost(block), 1) for block in blocks}
         kept = self.measure.keep(tuple(torch.empty_like(t) for t in dense), dense, self._targets[0])
@@ -298,6 +312,15 @@ class Engine:
             possible=len(self.removals) * len(self._targets),
             bytes=self._ablations.bytes,
         )
+
+
+def _filling(device: torch.device, tokens: int, held: int) -> int:
+    """How many copies of a batch of so many tokens fill a device."""
+    copies = (4_096 if device.type == "cpu" else 65_536) // max(tokens, 1)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        copies = min(copies, free // (4 * max(held, 1)))
+    return max(copies, 1)
 
 
 def _is_distributed() -> bool:

@@ -13,7 +13,7 @@ from vlprune.anatomy import Anatomy, Axis, under
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Removal:
-    """Units of one axis that are out together."""
+    """Units of one axis that are out together; of layers the first comes first."""
 
     axis: str
     units: tuple[int, ...]

@@ -5,15 +5,19 @@ first ("rewiring"), each neuron getting its share of the group's fall. Negative 
 helps) are kept. Every score has a paired bootstrap interval. Cost: for every head, layer and group
 the forward from its layer on, see `vlprune/ablation/`.
 
+Alone, a unit is often spared by the others; gone together they are missed. `nested` measures what
+goes together: the least important unit or group of an axis, then that with the next one, and so on;
+the score of each is what it adds.
+
 Source: Lin et al., MoPE-CLIP, CVPR 2024 (2403.07839), section 3. The order inside a group, which
-the measure does not tell, follows the cheap metric.
+the measure does not tell, follows the cheap metric. `nested` is ours.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -47,12 +51,15 @@ class Mope(AxisMetric):
         rewire: scores that sort the neurons; default: the norm of their weights. "contiguous"
             takes them as they lie, which says little (METHODS: rank correlation 0.1 to 0.2).
         measure: "task", "loss", "kl" or "cosine", see `measures.py`.
+        nested: measure units of an axis together, in order of importance. Costs as many removals
+            again for heads and layers, whose order is measured first. Scores rise in that order:
+            neighbours that do not are pooled (isotonic regression).
         adaptive: stop measuring a unit where it is clear whether a plan of this budget keeps it,
             for instance {"params": 0.5}; needs batches enough to stop between.
         error_rate: of one unit stopping on the wrong side.
         store, shard, copies, memory: of `ablation.engine.Engine`.
         progress: called with (done, total) after every measure.
-        watch: called with the engine's State.
+        watch: called with the engine's State and a function that gives the scores so far.
     """
 
     needs: ClassVar[Needs] = "task"
@@ -66,21 +73,27 @@ class Mope(AxisMetric):
         num_groups: int = 8,
         rewire: Scores | Literal["contiguous"] | None = None,
         measure: str = "task",
+        nested: bool = False,
         adaptive: Mapping[str, float] | None = None,
         error_rate: float = 0.05,
         store: str | Path | None = None,
         shard: tuple[int, int] = (0, 1),
-        copies: int = 1,
+        copies: int | Literal["auto"] = 1,
         memory: int = 2 * 2**30,
         progress: Callable[[int, int], None] | None = None,
-        watch: Callable[[State], None] | None = None,
+        watch: Callable[[State, Callable[[], Scores]], None] | None = None,
         **kwargs: Any,
     ):
         if num_groups < 1:
             raise ValueError(f"num_groups must be at least 1; got {num_groups} in Mope.")
+        if nested and adaptive is not None:
+            raise ValueError("adaptive must stop units one by one; got nested=True beside it.")
         super().__init__(model, anatomy, **kwargs)
         self.num_groups = num_groups
         self.measure = measure
+        self.nested = nested
+        self.undecided: tuple[Removal, ...] = ()
+        self._axes = {axis.name: axis for axis in self.anatomy.axes}
         self._rewire = rewire
         self._adaptive = adaptive
         self._error_rate = error_rate
@@ -144,21 +157,56 @@ class Mope(AxisMetric):
 
     def _run(self, task: Any) -> None:
         """Measure with the engine."""
+        if self.nested:
+            self._run_nested(task)
+            return
         stopper = None
         if self._adaptive is not None:
             stopper = Adaptive(self.anatomy, self._adaptive, self._error_rate)
+        self.effects = self._measured(task, self.removals(), stopper)
+        self.undecided = () if stopper is None else tuple(stopper.undecided)
+
+    def _run_nested(self, task: Any) -> None:
+        """Measure units alone for their order where no cheap metric gives it, then together."""
+        singles = [r for r in self.removals() if self._axes[r.axis].kind != "ffn"]
+        alone = self._measured(task, singles)
+        order: dict[str, list[Removal]] = {axis.name: [] for axis in self.anatomy.axes}
+        for removal in sorted(singles, key=lambda r: float(alone.falls[r].mean())):
+            order[removal.axis].append(removal)
+        for axis in self.anatomy.axes:
+            if axis.kind == "ffn":
+                order[axis.name] = [Removal(axis.name, units) for units in self._groups(axis)]
+        unions = {name: list(_unions(groups)) for name, groups in order.items()}
+        together = self._measured(task, [union for row in unions.values() for union in row])
+        falls: dict[Removal, Tensor] = {}
+        for name, groups in order.items():
+            before = torch.zeros_like(together.dense)
+            rows = []
+            for group, union in zip(groups, unions[name], strict=True):
+                rows.append((group, together.falls[union] - before))
+                before = together.falls[union]
+            falls |= _rising(rows)
+        self.effects = dataclasses.replace(
+            together,
+            falls=falls,
+            evaluations=alone.evaluations + together.evaluations,
+            possible=alone.possible + together.possible,
+        )
+
+    def _measured(
+        self, task: Any, removals: list[Removal], stopper: Adaptive | None = None
+    ) -> Effects:
         engine = Engine(
             self.model,
             task,
             self.anatomy,
-            self.removals(),
+            removals,
             measure=self.measure,
             stopper=stopper,
             progress=self._tell,
             **self._engine,  # type: ignore[arg-type]
         )
-        self.effects = engine.run()
-        self._undecided = None if stopper is None else stopper.undecided
+        return engine.run()
 
     def _loop(self, measure: Callable[[], float]) -> None:
         """The plain loop: the whole measure once for every removal."""
@@ -186,7 +234,7 @@ class Mope(AxisMetric):
         if self._progress:
             self._progress(state.done, state.total)
         if self._watch:
-            self._watch(state)
+            self._watch(state, lambda: self.scores_of(state.so_far()))
 
     def _order(self, axis: Axis) -> Tensor:
         """Units from the least to the most important by the cheap metric."""
@@ -233,9 +281,37 @@ class Mope(AxisMetric):
             "num_groups": self.num_groups,
             "rewire": rewire or "weight norm",
             "measure": self.measure,
+            "nested": self.nested,
         }
         if self.effects is not None:
             measured = {"examples": len(self.effects.dense)}
             measured |= {"evaluations": self.effects.evaluations, "of": self.effects.possible}
             settings |= measured
         return settings
+
+
+def _unions(groups: Sequence[Removal]) -> Iterator[Removal]:
+    """The first group, the first two together, ..., all."""
+    gone: set[int] = set()
+    for group in groups:
+        gone |= set(group.units)
+        yield Removal(group.axis, tuple(sorted(gone)))
+
+
+def _rising(rows: Sequence[tuple[Removal, Tensor]]) -> dict[Removal, Tensor]:
+    """What each group adds, neighbours pooled until the mean per unit rises.
+
+    Source: pool adjacent violators; Barlow et al., Statistical Inference under Order Restrictions,
+    1972.
+    """
+    pooled: list[tuple[Removal, Tensor]] = []
+    for group, row in rows:
+        pooled.append((group, row))
+        while len(pooled) > 1 and _per_unit(pooled[-2]) > _per_unit(pooled[-1]):
+            (last, more), (first, less) = pooled.pop(), pooled.pop()
+            pooled.append((Removal(first.axis, (*first.units, *last.units)), less + more))
+    return dict(pooled)
+
+
+def _per_unit(row: tuple[Removal, Tensor]) -> float:
+    return float(row[1].mean()) / len(row[0].units)

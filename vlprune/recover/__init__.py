@@ -1,0 +1,1 @@
+"""Getting accuracy back after a cut: distillation from the uncut model."""
