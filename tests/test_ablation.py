@@ -206,6 +206,19 @@ def test_text_ends_at_its_last_token_only_where_the_model_allows_it() -> None:
         assert ablations.trimming.lengths == {}
 
 
+@pytest.mark.parametrize("size", [6, 4, 12])
+def test_as_many_examples_as_tokens_confuse_nothing(size: int) -> None:
+    model, anatomy = dissected("open_clip")
+    anatomy = anatomy.select(("head",))
+    task = Retrieval(pairs(size=size))  # 12 tokens; 2 x 6, 3 x 4 and 12 are as many
+    expected = plain(model, anatomy, task)
+    scores = vlprune.score(
+        model, "mope", task, anatomy=anatomy, strategies=("head",), num_groups=4, copies=3
+    )
+    for name, row in expected.values.items():
+        assert scores.values[name] == pytest.approx(row, rel=1e-6, abs=1e-4), name
+
+
 class _Rough(nn.Module):
     """Blocks that change their inputs in place, a norm over the batch, and two readers."""
 

@@ -125,6 +125,43 @@ def test_score_plan_prune_and_verify_make_one_chain(dense: Path, tmp_path: Path)
     assert "give --original MODEL" in ok("verify", half)
 
 
+def test_mope_resumes_from_a_store_and_says_what_it_would_keep_now(tmp_path: Path) -> None:
+    command = ["score", "scenes-clip", "--metric", "mope", "--examples", "16", "--set"]
+    command += ["measure=cosine", "--set", "num_groups=2", "--store", tmp_path / "store"]
+    command += ["--units-per-batch", "auto", "--strategies", "head"]
+    cli._TELL_SECONDS, before = 0.0, cli._TELL_SECONDS
+    try:
+        said = ok(*command, "--plan-so-far", "prunable_params=0.5", "--out", tmp_path / "a.json")
+    finally:
+        cli._TELL_SECONDS = before
+    assert "s left; stopped now: plan" in said
+    assert re.search(r"\d+ of 60 are told apart from zero", said)
+    scores = read_scores(tmp_path / "a.json")
+    assert scores.settings["evaluations"] == 60
+    assert len(scores.intervals) == len(scores.values) == 10
+    ok(*command, "--out", tmp_path / "b.json")
+    again = read_scores(tmp_path / "b.json")
+    assert again.values == scores.values
+    assert again.settings["evaluations"] == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        (["--shard", "2/2"], "index < count"),
+        (["--shard", "half"], "shard must be i/n"),
+        (["--units-per-batch", "many"], "must be a number or auto"),
+        (["--adaptive", "params=7e9"], "budget params"),
+    ],
+)
+def test_wrong_options_of_mope_are_told(fail, tmp_path, option: list[str], text: str) -> None:
+    said = fail(
+        *("score", "scenes-clip", "--metric", "mope", "--examples", "8", *option),
+        *("--out", tmp_path / "scores.json"),
+    )
+    assert text in said
+
+
 def test_prune_scores_and_plans_by_itself(dense: Path, tmp_path: Path) -> None:
     ok(
         *("prune", dense, "--metric", "magnitude", "--set", "p=1", "--budget", "macs=0.7"),

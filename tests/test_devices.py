@@ -138,3 +138,21 @@ def test_the_law_holds_on_a_gpu() -> None:
     plan = vlprune.make_plan(anatomy, random_keep(anatomy, 1))
     small = vlprune.prune(model, plan, moved(inputs_of(model), CUDA))
     assert all(p.device.type == "cuda" for p in small.parameters())
+
+
+@pytest.mark.gpu
+def test_ablations_on_a_gpu_equal_those_on_the_cpu() -> None:
+    from test_ablation import pairs
+
+    from vlprune.tasks import Retrieval
+
+    model, anatomy = dissected("open_clip")
+    task = Retrieval(pairs())
+    there = copy.deepcopy(model).to(CUDA)
+    for copies in (1, "auto"):
+        a, b = (
+            vlprune.score(m, "mope", task, anatomy=anatomy, measure="kl", copies=copies)
+            for m in (model, there)
+        )
+        for name, row in a.values.items():
+            assert b.values[name] == pytest.approx(row, rel=1e-3, abs=1e-5), name

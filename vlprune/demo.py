@@ -26,6 +26,7 @@ from vlprune.tasks.retrieval import Retrieval
 METRICS_SHOWN = ("mope", "taylor", "magnitude")
 ALLOCATIONS_SHOWN = ("uniform", "global")
 KEEP = 0.5
+MOPE: dict[str, Any] = {"rewire": "taylor", "measure": "cosine", "nested": True}
 
 Stage = Callable[[str], Callable[[int, int], None]]
 
@@ -68,7 +69,7 @@ def run_demo(folder: Path, test: Retrieval, calibration: Retrieval, stage: Stage
     timed = next(iter(calibration.batches()))
     cuts: list[tuple[str, str, nn.Module]] = []
     for metric in METRICS_SHOWN:
-        settings: dict[str, Any] = {"rewire": "taylor"} if metric == "mope" else {}
+        settings = MOPE if metric == "mope" else {}
         scores = score(
             model, metric, calibration, anatomy=anatomy, progress=stage(metric), **settings
         )

@@ -77,9 +77,10 @@ class Ablations:
     def begin(self, batch: Any) -> Outputs:
         """Record the dense forward of a batch; return what it gives."""
         self._batch = batch
-        self.trimming.lengths = {}
+        self.trimming.lengths = self.trimming.repeat(batch)
         self._record_dense()
-        self._trim()
+        if not self.trimming.lengths:
+            self._trim()
         self.bytes = max(self.bytes, self._record.bytes)
         if self._calls != self._record.answers.keys():  # other calls than those of the last batch
             self._calls = set(self._record.answers)
@@ -106,6 +107,7 @@ class Ablations:
                 a.shape == b.shape and relative_error(a, b) <= _TRIMMED
                 for a, b in zip(dense, self._dense, strict=True)
             ):
+                self.trimming.allowed = {stack: n for stack, (n, _) in proposed.items()}
                 return
         self.trimming.lengths = {}
         self._dense, self._record = dense, record
@@ -131,8 +133,7 @@ class Ablations:
             members = [removal for removal in wanted if removal.axis == axis.name]
             copies = min(len(members), self._copies(axis, block))
             handed = recorded | self._before_gate(axis, members[0], block, inner)
-            for start in range(0, len(members), copies):
-                pack = members[start : start + copies]
+            for pack in self._packs(members, copies):
                 if not all(removal in known for removal in pack):
                     yield from self._run(axis, pack, handed, self._instead(axis, inner, len(pack)))
 
@@ -274,9 +275,26 @@ class Ablations:
         """How many removals of an axis can run side by side."""
         if self.copies == 1 or axis.gate.kind == "router":
             return 1
+        if self._is_confusing(2):
+            return 1
         if block not in self._learnt:
             self._learnt[block] = self._learn(block)
-        return self.copies if self._learnt[block] else 1
+        copies = self.copies - 1 if self._is_confusing(self.copies) else self.copies
+        return copies if self._learnt[block] else 1
+
+    def _packs(self, members: Sequence[Removal], copies: int) -> Iterator[Sequence[Removal]]:
+        """The members, so many side by side; those that are left over one by one if need be."""
+        for start in range(0, len(members), copies):
+            pack = members[start : start + copies]
+            if self._is_confusing(len(pack)):
+                yield from ([removal] for removal in pack)
+            else:
+                yield pack
+
+    def _is_confusing(self, copies: int) -> bool:
+        """Say whether there would be as many examples as tokens: which is which is not told."""
+        tokens = {tokens for tokens, _ in self.trimming.lengths.values()}
+        return copies * self._dense[0].shape[0] in tokens
 
     def _learn(self, block: str) -> bool:
         """Run the batch twice over and see that it answers as often; once per block."""

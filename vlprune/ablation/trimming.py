@@ -2,7 +2,7 @@
 
 Token ids end in a row of padding. Under a causal mask, or with padding masked, what blocks compute
 there reaches no output; so blocks are given the first n tokens only, and what the last one answers
-is filled up with zeros. Whether a model allows it is seen by comparing outputs, batch by batch.
+is filled up with zeros. Whether a model allows it is seen by comparing outputs of the first batch.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ class Trimming:
 
     Attributes:
         lengths: stack to (tokens, tokens that stay); empty at first.
+        allowed: stack to its tokens, where shortening was seen to change no output.
     """
 
     def __init__(self, model: nn.Module, stacks: Mapping[str, Sequence[str]]):
         self._model = model
         self._stacks = stacks
         self.lengths: dict[str, tuple[int, int]] = {}
+        self.allowed: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Trimming:
@@ -52,6 +54,16 @@ class Trimming:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def repeat(self, batch: Any) -> dict[str, tuple[int, int]]:
+        """Return lengths for another batch, for stacks where it is known to be allowed."""
+        sizes = [size for ids in _token_ids(batch) if (size := _without_tail(ids))]
+        return {
+            stack: (tokens, few)
+            for stack, allowed in self.allowed.items()
+            for tokens, few in sizes
+            if tokens == allowed and few <= _WORTH * tokens
+        }
 
     def propose(self, batch: Any, recording: Recording) -> dict[str, tuple[int, int]]:
         """Return which stacks may be given fewer tokens in this batch: (tokens, how many)."""
@@ -76,7 +88,8 @@ class Trimming:
 
             def short(tensor: Tensor) -> Tensor:
                 for dim, size in enumerate(tensor.shape):
-                    if size == tokens:
+                    is_batch = dim == 0 and tensor.dim() > 2
+                    if size == tokens and not is_batch:
                         tensor = tensor.narrow(dim, 0, few)
                 return tensor
 
