@@ -14,6 +14,7 @@ import pytest
 import torch
 import zoo
 from conftest import dissected
+from test_experts import Town
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -29,6 +30,7 @@ from vlprune.dissect import default_inputs
 from vlprune.measures import MEASURES
 from vlprune.metrics.mope import Mope
 from vlprune.tasks import CallableTask, Retrieval
+from vlprune.zoo.check import redraw
 
 DRAW = torch.Generator().manual_seed(0)
 IMAGES = torch.randn(24, 3, 32, 32, generator=DRAW)
@@ -83,6 +85,20 @@ def test_the_engine_equals_the_plain_loop(name: str, copies: int) -> None:
         for one, other in zip(scores.values[axis.name], expected.values[axis.name], strict=True):
             assert one == pytest.approx(other, rel=1e-6, abs=1e-6 * scale), axis.name
     assert any(value != 0 for row in scores.values.values() for value in row)
+
+
+def test_the_engine_equals_the_plain_loop_on_experts() -> None:
+    model = redraw(Town()).eval()
+    inputs = [torch.randn(3, 16, 24), torch.randn(2, 16, 24)]
+    anatomy = vlprune.dissect(model, inputs[0]).select(("expert", "head", "head_dim_per_head"))
+    task = CallableTask(inputs, lambda model, x: model(x).square().mean())
+    expected = plain(model, anatomy, task)
+    scores = vlprune.score(
+        model, "mope", task, anatomy=anatomy, strategies=anatomy.kinds, num_groups=4, copies=2
+    )
+    scale = abs(task.measure(model))
+    for name, row in expected.values.items():
+        assert scores.values[name] == pytest.approx(row, rel=1e-6, abs=1e-6 * scale), name
 
 
 @pytest.mark.parametrize("measure", list(MEASURES))
@@ -411,6 +427,20 @@ def test_shards_share_the_blocks_and_add_up(tmp_path: Path) -> None:
         measured(str(tmp_path / "two"), shard=(2, 2))
 
 
+def test_what_a_dead_process_left_is_picked_up(tmp_path: Path) -> None:
+    expected = measured(str(tmp_path / "one"))
+    first = measured(str(tmp_path / "two"), shard=(0, 2))
+    process = started(tmp_path / "two", shard=(1, 2), slow=0.05)
+    before = lines(tmp_path / "two")
+    while lines(tmp_path / "two") < before + 3 and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    rest = measured(str(tmp_path / "two"))
+    assert 0 < rest.evaluations < expected.possible - first.evaluations
+    assert all(torch.equal(rest.falls[r], falls) for r, falls in expected.falls.items())
+
+
 RANK = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
@@ -505,6 +535,9 @@ def test_adaptive_keeps_what_the_exact_engine_keeps() -> None:
     exact = vlprune.score(model, "mope", task, **settings)
     quick = vlprune.score(model, "mope", task, adaptive=budget, **settings)
     assert quick.settings["evaluations"] < exact.settings["evaluations"]
+    assert quick.settings["adaptive"] == budget
+    names = {r.name for r in Mope(model, anatomy, num_groups=4).removals()}
+    assert set(quick.settings["unsure"]) < names
     plans = [vlprune.plan(scores, budget) for scores in (exact, quick)]
     same = units = 0
     for one, other in zip(*(plan.rows for plan in plans), strict=True):

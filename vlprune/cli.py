@@ -174,6 +174,11 @@ def score(
     if scores.intervals:
         apart, units = scores.apart_from_zero()
         say(f"{apart:,} of {units:,} are told apart from zero (95 %)")
+    if "unsure" in scores.settings:
+        done, possible = scores.settings["evaluations"], scores.settings["of"]
+        unsure = scores.settings["unsure"]
+        say(f"{done:,} of {possible:,} evaluations were run; unsure of {len(unsure)}:")
+        say("  " + "  ".join(unsure[:8]) + ("  ..." if len(unsure) > 8 else ""))
 
 
 def _ablation_options(

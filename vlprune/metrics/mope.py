@@ -287,6 +287,10 @@ class Mope(AxisMetric):
             measured = {"examples": len(self.effects.dense)}
             measured |= {"evaluations": self.effects.evaluations, "of": self.effects.possible}
             settings |= measured
+        if self._adaptive is not None:
+            settings["adaptive"] = dict(self._adaptive)
+            settings["error_rate"] = self._error_rate
+            settings["unsure"] = [removal.name for removal in self.undecided]
         return settings
 
 
