@@ -88,6 +88,8 @@ class Mope(AxisMetric):
             raise ValueError(f"num_groups must be at least 1; got {num_groups} in Mope.")
         if nested and adaptive is not None:
             raise ValueError("adaptive must stop units one by one; got nested=True beside it.")
+        if nested and shard != (0, 1):
+            raise ValueError("nested needs the falls of all units; give no shard, or use torchrun.")
         super().__init__(model, anatomy, **kwargs)
         self.num_groups = num_groups
         self.measure = measure
@@ -165,6 +167,13 @@ class Mope(AxisMetric):
             stopper = Adaptive(self.anatomy, self._adaptive, self._error_rate)
         self.effects = self._measured(task, self.removals(), stopper)
         self.undecided = () if stopper is None else tuple(stopper.undecided)
+        missing = sum(removal not in self.effects.falls for removal in self.removals())
+        if missing:
+            warnings.warn(
+                f"{missing} removals are left to other shards; until they are in the store their "
+                "units are scored as worth most. Score again without shard when all are through.",
+                stacklevel=2,
+            )
 
     def _run_nested(self, task: Any) -> None:
         """Measure units alone for their order where no cheap metric gives it, then together."""
