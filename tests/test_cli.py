@@ -231,7 +231,7 @@ def test_a_metric_without_its_task_is_told(fail, dense, tmp_path) -> None:
 @pytest.mark.parametrize("strategies", ["heads", "head,fnn", "head,layer,x"])
 def test_a_wrong_strategy_is_told(fail, dense, tmp_path, strategies: str) -> None:
     arguments = ("score", dense, "--metric", "magnitude", "--strategies", strategies)
-    assert "known are ffn, head, head_dim, head_dim_per_head, layer, sublayer" in fail(
+    assert "known are expert, ffn, head, head_dim, head_dim_per_head, layer, sublayer" in fail(
         *arguments, "--out", tmp_path / "s.json"
     )
 
