@@ -70,7 +70,8 @@ def test_names_come_sorted_and_as_many_as_are_counted() -> None:
         assert list(registry) == sorted(registry)
         assert len(registry) == len(list(registry)) > 0
     assert {"magnitude", "random", "taylor", "fisher"} <= set(METRICS)
-    assert set(STRATEGIES) == {"head", "head_dim", "head_dim_per_head", "ffn", "layer", "sublayer"}
+    strategies = ["expert", "ffn", "head", "head_dim", "head_dim_per_head", "layer", "sublayer"]
+    assert list(STRATEGIES) == strategies
 
 
 def test_one_name_twice_is_refused_and_the_first_stays() -> None:
