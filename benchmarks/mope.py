@@ -161,9 +161,7 @@ def timed(function: Any) -> float:
 
 def removal_cost(anatomy: vlprune.Anatomy, removal: Removal) -> int:
     """Return the parameters that go with a removal."""
-    axis = anatomy.axis(removal.axis)
-    gone = set(removal.units)
-    keep = {axis.name: tuple(u for u in range(axis.units) if u not in gone)}
+    keep = removal.rest(anatomy.axis(removal.axis))
     return dense_cost(anatomy).params - vlprune.price(anatomy, keep).params
 
 
@@ -180,9 +178,7 @@ def best_half(anatomy: vlprune.Anatomy, falls: dict[Removal, Tensor]) -> set[Rem
 
 def masked(model: nn.Module, anatomy: vlprune.Anatomy, removal: Removal) -> Any:
     """The model without one removal."""
-    axis = anatomy.axis(removal.axis)
-    gone = set(removal.units)
-    keep = {axis.name: tuple(u for u in range(axis.units) if u not in gone)}
+    keep = removal.rest(anatomy.axis(removal.axis))
     return vlprune.mask(model, vlprune.make_plan(anatomy, keep))
 
 

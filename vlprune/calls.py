@@ -147,6 +147,13 @@ class WideFloats(TorchFunctionMode):
 
 
 @contextmanager
+def all_float64() -> Iterator[None]:
+    """Let all that a model makes on its way be float64: by default, and where it names float32."""
+    with float64_default(), WideFloats():
+        yield
+
+
+@contextmanager
 def quiet_eval(model: nn.Module) -> Iterator[nn.Module]:
     """Put `model` into eval mode for a block, and every module back into its own mode after."""
     modes = [(module, module.training) for module in model.modules()]

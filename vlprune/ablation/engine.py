@@ -112,7 +112,6 @@ class Engine:
         self.task: ExampleTask = task
         self.removals = list(dict.fromkeys(removals))
         self.measure = MEASURES[measure](task, model)
-        self._anatomy = anatomy
         self._memory = memory
         self._stopper = stopper
         self._progress = progress

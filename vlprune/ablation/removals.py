@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from vlprune.anatomy import Anatomy, Axis, under
@@ -22,6 +21,11 @@ class Removal:
     def name(self) -> str:
         """A key for stores: the axis and its units, runs of numbers shortened."""
         return f"{self.axis}/{_runs(self.units)}"
+
+    def rest(self, axis: Axis) -> dict[str, tuple[int, ...]]:
+        """Return what stays of its axis, as plans and gates take it."""
+        gone = set(self.units)
+        return {self.axis: tuple(unit for unit in range(axis.units) if unit not in gone)}
 
 
 def groups_of(order: Tensor, num_groups: int) -> list[tuple[int, ...]]:
@@ -82,8 +86,3 @@ def _runs(units: Sequence[int]) -> str:
         else:
             parts.append([unit, unit])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
-def order_of(values: Sequence[float]) -> Tensor:
-    """Return units from the least to the most important."""
-    return torch.tensor(values).argsort(stable=True)

@@ -126,7 +126,6 @@ class Replayer:
         handed: Mapping[Key, Handed] | None = None,
         *,
         inputs_of: Collection[str] = (),
-        copies: int = 1,
     ) -> tuple[Any, Recording]:
         """Do the same and record the calls of the modules in `watched`.
 
@@ -134,7 +133,7 @@ class Replayer:
         """
         while True:
             recording = Recording()
-            with self._mode(watched, recording, handed, copies=copies, inputs_of=inputs_of):
+            with self._mode(watched, recording, handed, inputs_of=inputs_of):
                 answer = forward()
                 versions = self._versions
             changed = {key for key, was in versions.items() if was != _version(recording, key)}

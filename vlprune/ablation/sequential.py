@@ -70,9 +70,7 @@ class Adaptive:
     def _cost(self, removal: Removal) -> int:
         if removal not in self._costs:
             axis = self._anatomy.axis(removal.axis)
-            gone = set(removal.units)
-            keep = {axis.name: tuple(u for u in range(axis.units) if u not in gone)}
-            without = getattr(price(self._anatomy, keep), self._resource)
+            without = getattr(price(self._anatomy, removal.rest(axis)), self._resource)
             self._costs[removal] = max(getattr(self._dense, self._resource) - without, 1)
         return self._costs[removal]
 

@@ -57,17 +57,16 @@ class Trimming:
 
     def repeat(self, batch: Any) -> dict[str, tuple[int, int]]:
         """Return lengths for another batch, for stacks where it is known to be allowed."""
-        sizes = [size for ids in _token_ids(batch) if (size := _without_tail(ids))]
         return {
             stack: (tokens, few)
             for stack, allowed in self.allowed.items()
-            for tokens, few in sizes
-            if tokens == allowed and few <= _WORTH * tokens
+            for tokens, few in _lengths(batch)
+            if tokens == allowed
         }
 
     def propose(self, batch: Any, recording: Recording) -> dict[str, tuple[int, int]]:
         """Return which stacks may be given fewer tokens in this batch: (tokens, how many)."""
-        sizes = [size for ids in _token_ids(batch) if (size := _without_tail(ids))]
+        sizes = _lengths(batch)
         found: dict[str, tuple[int, int]] = {}
         for stack, blocks in self._stacks.items():
             answer = recording.answers.get((blocks[0], 0))
@@ -76,7 +75,7 @@ class Trimming:
                 continue
             for tokens, few in sizes:
                 ambiguous = tokens in (first.shape[0], first.shape[2])
-                if first.shape[1] == tokens and not ambiguous and few <= _WORTH * tokens:
+                if first.shape[1] == tokens and not ambiguous:
                     found[stack] = (tokens, few)
         return found
 
@@ -112,13 +111,14 @@ class Trimming:
         return hook
 
 
-def _token_ids(batch: Any) -> list[Tensor]:
-    return [t for t in tensors_of(batch) if not t.is_floating_point() and t.dim() == 2]
-
-
-def _without_tail(ids: Tensor) -> tuple[int, int] | None:
-    """(tokens, those up to the first that is padding in every row, itself included)."""
-    tokens = ids.shape[1]
-    changes = (ids != ids[:, -1:]).any(0).nonzero()
-    few = int(changes[-1]) + 2 if len(changes) else 1
-    return (tokens, few) if few < tokens else None
+def _lengths(batch: Any) -> list[tuple[int, int]]:
+    """Tokens, and how many up to the first that is padding in every row; where it saves some."""
+    found = []
+    for ids in tensors_of(batch):
+        if not ids.is_floating_point() and ids.dim() == 2:
+            tokens = ids.shape[1]
+            changes = (ids != ids[:, -1:]).any(0).nonzero()
+            few = int(changes[-1]) + 2 if len(changes) else 1
+            if few <= _WORTH * tokens:
+                found.append((tokens, few))
+    return found

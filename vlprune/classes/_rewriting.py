@@ -64,6 +64,17 @@ def forward_tree(cls: Any) -> ast.Module | None:
     return tree
 
 
+def own_forward(cls: type[nn.Module]) -> tuple[Any, ast.Module | None]:
+    """Return the class that defines the forward of `cls`, and its tree; None where it has none."""
+    owner = defining(cls)
+    return owner, None if owner is None else forward_tree(owner)
+
+
+def flat_name(cls: type[nn.Module]) -> str:
+    """Return where `cls` is as one name; `imported` takes its parts."""
+    return f"{cls.__module__}.{cls.__qualname__}".replace(".", "__")
+
+
 def subclass(
     named: str, cls: type[nn.Module], owner: Any, tree: ast.Module, **names: Any
 ) -> type[nn.Module]:

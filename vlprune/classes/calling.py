@@ -13,18 +13,16 @@ from typing import Any
 
 from torch import nn
 
-from vlprune.classes._rewriting import defining, forward_tree, imported, is_nameable, subclass
+from vlprune.classes._rewriting import flat_name, imported, is_nameable, own_forward, subclass
 from vlprune.classes.padded import product
 
 
 def calling_name(cls: type[nn.Module]) -> str:
     """Return the importable name of the calling subclass of `cls`, "" if there is none."""
-    owner = defining(cls) if is_nameable(cls) else None
-    tree = None if owner is None else forward_tree(owner)
-    if tree is None or not call_layers(tree):
+    if not is_nameable(cls):
         return ""
-    named = f"{cls.__module__}.{cls.__qualname__}".replace(".", "__")
-    return f"{__name__}:{named}"
+    _, tree = own_forward(cls)
+    return f"{__name__}:{flat_name(cls)}" if tree is not None and call_layers(tree) else ""
 
 
 def __getattr__(name: str) -> Any:
@@ -36,8 +34,7 @@ def __getattr__(name: str) -> Any:
 @functools.cache
 def _made(name: str) -> type[nn.Module]:
     cls = imported(name.split("__"))
-    owner = defining(cls)
-    tree = None if owner is None else forward_tree(owner)
+    owner, tree = own_forward(cls)
     if tree is None or not call_layers(tree):
         raise AttributeError(f"{cls.__qualname__}.forward takes no weight out of a layer")
     return subclass(f"{__name__}:{name}", cls, owner, tree, **NAMES)

@@ -18,10 +18,10 @@ from typing import Any
 from torch import nn
 
 from vlprune.classes._rewriting import (
-    defining,
-    forward_tree,
+    flat_name,
     imported,
     is_nameable,
+    own_forward,
     subclass,
 )
 from vlprune.classes.calling import NAMES, call_layers, calling_name
@@ -32,14 +32,13 @@ WIDTH = "vlprune_width"
 
 def narrow_names(cls: type[nn.Module]) -> list[str]:
     """Return the importable names of the narrow subclasses of `cls`, if there can be any."""
-    named = f"{cls.__module__}.{cls.__qualname__}"
     if not is_nameable(cls):
         return []
-    owner = defining(cls)
-    places = 0 if owner is None else len(_readings(forward_tree(owner)))
+    _, tree = own_forward(cls)
+    places = len(_readings(tree))
     spans: list[tuple[int, ...]] = [(k,) for k in range(places)]
     spans += [(k, m) for k in range(places) for m in range(k + 1, places)]
-    stem = f"{__name__}:{named.replace('.', '__')}"
+    stem = f"{__name__}:{flat_name(cls)}"
     return ["__".join([stem, *map(str, span)]) for span in spans]
 
 
@@ -54,8 +53,7 @@ def _narrow(name: str) -> type[nn.Module]:
     parts = name.split("__")
     places = [int(part) for part in parts if part.isdigit()]
     cls = imported(parts[: -len(places)] if places else parts)
-    owner = defining(cls)
-    tree = None if owner is None else forward_tree(owner)
+    owner, tree = own_forward(cls)
     readings = _readings(tree)
     if owner is None or tree is None or not places or places[-1] >= len(readings):
         raise AttributeError(f"{cls.__qualname__}.forward has no places {places} to narrow it at")

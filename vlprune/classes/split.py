@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from vlprune.classes._rewriting import defining, forward_tree, imported, is_nameable, subclass
+from vlprune.classes._rewriting import flat_name, imported, is_nameable, own_forward, subclass
 
 _WIDTHS = ("all_head_size", "attn_dim", "embed_dim", "inner_dim")
 
@@ -23,12 +23,10 @@ def split_names(cls: type[nn.Module], attribute: str) -> list[str]:
     """Return the importable name of the split subclass of `cls`, if there can be one."""
     if not is_nameable(cls) or "__" in attribute:
         return []
-    owner = defining(cls)
-    tree = None if owner is None else forward_tree(owner)
+    _, tree = own_forward(cls)
     if tree is None or not _Split(attribute).changes(tree):
         return []
-    named = f"{cls.__module__}.{cls.__qualname__}".replace(".", "__")
-    return [f"{__name__}:{named}__{attribute}"]
+    return [f"{__name__}:{flat_name(cls)}__{attribute}"]
 
 
 def __getattr__(name: str) -> Any:
@@ -41,8 +39,7 @@ def __getattr__(name: str) -> Any:
 def _made(name: str) -> type[nn.Module]:
     *parts, attribute = name.split("__")
     cls = imported(parts)
-    owner = defining(cls)
-    tree = None if owner is None else forward_tree(owner)
+    owner, tree = own_forward(cls)
     if tree is None or not _Split(attribute).changes(tree):
         raise AttributeError(f"{cls.__qualname__}.forward has no heads to split")
     return subclass(f"{__name__}:{name}", cls, owner, tree)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from vlprune.anatomy import Axis, Knob, Refusal, Swap, under
-from vlprune.calls import Call, WideFloats, float64_default
+from vlprune.calls import Call, all_float64
 from vlprune.discovery.dims import dims_of
 from vlprune.discovery.experts import experts_of
 from vlprune.discovery.fit import common_path, fit, fit_padded
@@ -152,19 +152,8 @@ def _joined(region: str, path: str) -> str:
     return ".".join(part for part in (region, path) if part)
 
 
+@all_float64()
 def _prove(
-    model: nn.Module,
-    path: str,
-    call: Call,
-    inner: Sequence[str],
-    layouts: Mapping[str, AttentionLayout],
-) -> tuple[list[Units], list[Refusal]]:
-    """Probe one region in float64 throughout; see `_proven`."""
-    with float64_default(), WideFloats():
-        return _proven(model, path, call, inner, layouts)
-
-
-def _proven(
     model: nn.Module,
     path: str,
     call: Call,

@@ -165,9 +165,10 @@ class Mope(AxisMetric):
         stopper = None
         if self._adaptive is not None:
             stopper = Adaptive(self.anatomy, self._adaptive, self._error_rate)
-        self.effects = self._measured(task, self.removals(), stopper)
+        removals = self.removals()
+        self.effects = self._measured(task, removals, stopper)
         self.undecided = () if stopper is None else tuple(stopper.undecided)
-        missing = sum(removal not in self.effects.falls for removal in self.removals())
+        missing = sum(removal not in self.effects.falls for removal in removals)
         if missing:
             warnings.warn(
                 f"{missing} removals are left to other shards; until they are in the store their "
@@ -177,14 +178,14 @@ class Mope(AxisMetric):
 
     def _run_nested(self, task: Any) -> None:
         """Measure units alone for their order where no cheap metric gives it, then together."""
-        singles = [r for r in self.removals() if self._axes[r.axis].kind != "ffn"]
+        removals = self.removals()
+        sorted_ones = [r for r in removals if self._axes[r.axis].kind == "ffn"]
+        singles = [r for r in removals if self._axes[r.axis].kind != "ffn"]
         alone = self._measured(task, singles)
+        singles.sort(key=lambda r: float(alone.falls[r].mean()))
         order: dict[str, list[Removal]] = {axis.name: [] for axis in self.anatomy.axes}
-        for removal in sorted(singles, key=lambda r: float(alone.falls[r].mean())):
+        for removal in (*sorted_ones, *singles):
             order[removal.axis].append(removal)
-        for axis in self.anatomy.axes:
-            if axis.kind == "ffn":
-                order[axis.name] = [Removal(axis.name, units) for units in self._groups(axis)]
         unions = {name: list(_unions(groups)) for name, groups in order.items()}
         together = self._measured(task, [union for row in unions.values() for union in row])
         falls: dict[Removal, Tensor] = {}
@@ -226,13 +227,12 @@ class Mope(AxisMetric):
         with Gates(self.model, self.anatomy.axes) as gates:
             dense = measure()
             for done, removal in enumerate(removals, start=1):
-                everything = tuple(range(len(falls[removal.axis])))
-                gone = set(removal.units)
-                gates.keep({removal.axis: tuple(u for u in everything if u not in gone)})
+                axis = self._axes[removal.axis]
+                gates.keep(removal.rest(axis))
                 try:
                     fall = dense - measure()
                 finally:
-                    gates.keep({removal.axis: everything})
+                    gates.keep({removal.axis: tuple(range(axis.units))})
                 falls[removal.axis][list(removal.units)] = fall / len(removal.units)
                 if self._progress:
                     self._progress(done, len(removals))
