@@ -20,6 +20,7 @@ from vlprune.registry import TASKS
 from vlprune.tasks._batches import check_repeatable
 
 Encode = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+_ROWS = 256  # of similarities at a time
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +90,9 @@ class Retrieval:
 
     def values(self, outputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
         """Return the recall mean of every pair [N] in percent, both ways."""
-        images, texts = outputs
-        similarity = images.float() @ texts.float().T
-        both = _hits(similarity, targets.to(similarity.device), self.ks)
+        images, texts = (features.float() for features in outputs)
+        groups = _groups(targets.to(images.device))
+        both = (_hits(images, texts, groups, self.ks), _hits(texts, images, groups, self.ks))
         return 100 * torch.stack([hit.double() for hits in both for hit in hits.values()]).mean(0)
 
     def losses(self, model: nn.Module, outputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
@@ -126,8 +127,9 @@ class Retrieval:
                 ids.append(text)
         if not images:
             raise ValueError("loader must yield at least one batch; got none in Retrieval.")
-        similarity = torch.cat(images).float() @ torch.cat(texts).float().T
-        return recall(similarity, torch.cat(ids).to(similarity.device), self.ks)
+        image, text = torch.cat(images).float(), torch.cat(texts).float()
+        groups = _groups(torch.cat(ids).to(image.device))
+        return _recall(_hits(image, text, groups, self.ks), _hits(text, image, groups, self.ks))
 
     def example_inputs(self, model: nn.Module) -> Inputs:
         """Return one image and one text, by the keywords of transformers where it is its model."""
@@ -152,23 +154,41 @@ def recall(similarity: Tensor, captions: Tensor, ks: tuple[int, ...] = (1, 5, 10
         captions: token ids [texts, T]; columns with equal ids are equally correct.
         ks: the k of recall at k.
     """
-    text, image = (
-        {k: 100 * float(hit.double().mean()) for k, hit in hits.items()}
-        for hits in _hits(similarity, captions, ks)
-    )
-    return Recall(text=text, image=image)
+    groups = _groups(captions)
+    correct = groups[:, None] == groups[None, :]
+    return _recall(_first(similarity, correct, ks), _first(similarity.T, correct, ks))
+
+
+def _recall(text: dict[int, Tensor], image: dict[int, Tensor]) -> Recall:
+    """Recalls from which images found a text, and which texts an image."""
+    shares = [
+        {k: 100 * float(hit.double().mean()) for k, hit in hits.items()} for hits in (text, image)
+    ]
+    return Recall(text=shares[0], image=shares[1])
+
+
+def _groups(captions: Tensor) -> Tensor:
+    """Numbers [N] that are equal where captions [N, T] are."""
+    _, group = torch.unique(captions, dim=0, return_inverse=True)
+    return group
 
 
 def _hits(
-    similarity: Tensor, captions: Tensor, ks: tuple[int, ...]
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Which images [N] find a text of theirs among the first k, and which texts an image."""
-    _, group = torch.unique(captions, dim=0, return_inverse=True)
-    correct = group[:, None] == group[None, :]
-    return _row_hits(similarity, correct, ks), _row_hits(similarity.T, correct, ks)
+    queries: Tensor, answers: Tensor, groups: Tensor, ks: tuple[int, ...]
+) -> dict[int, Tensor]:
+    """Which queries [N, E] find an answer [N, E] of their group among the first k: k to [N].
+
+    Some rows of similarities at a time: in the cache, and never [N, N] in memory.
+    """
+    parts = [
+        _first(rows @ answers.T, group[:, None] == groups[None, :], ks)
+        for rows, group in zip(queries.split(_ROWS), groups.split(_ROWS), strict=True)
+    ]
+    return {k: torch.cat([part[k] for part in parts]) for k in ks}
 
 
-def _row_hits(similarity: Tensor, correct: Tensor, ks: tuple[int, ...]) -> dict[int, Tensor]:
+def _first(similarity: Tensor, correct: Tensor, ks: tuple[int, ...]) -> dict[int, Tensor]:
+    """Which rows have a correct column among their first k."""
     best = similarity.masked_fill(~correct, float("-inf")).amax(1, keepdim=True)
     wrong_before = ((similarity >= best) & ~correct).sum(1)  # ties count against
     hit = best.squeeze(1).isfinite()  # NaN features find nothing
