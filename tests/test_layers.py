@@ -17,6 +17,7 @@ RANKS = {
     "registry": 1,
     "copies": 2,
     "measures": 2,
+    "moments": 2,
     "intercepts": 2,
     "shapes": 2,
     "layout": 2,
@@ -81,7 +82,14 @@ FOLDERS = {  # folders that are no plug-ins: rank inside of them
         "discover": 6,
         "__init__": 7,
     },
-    "recover": {"distil": 0, "__init__": 1},
+    "recover": {
+        "distil": 0,
+        "projections": 0,
+        "stepping": 0,
+        "streams": 0,
+        "repair": 1,
+        "__init__": 2,
+    },
     "recipes": {"mope_clip": 0, "__init__": 1},
     "zoo": {
         "entries": 0,

@@ -1,6 +1,6 @@
 """vlprune: structured pruning for vision-language transformers. Removes weights, not tokens.
 
-The verbs: create_model, dissect, score, plan, mask, prune, verify, save_pretrained,
+The verbs: create_model, dissect, score, plan, mask, prune, repair, verify, save_pretrained,
 from_pretrained. The nouns: Anatomy, Scores, Plan, Gates. Plug-ins: `vlprune.metrics`,
 `vlprune.strategies`, `vlprune.allocation`, `vlprune.families`, `vlprune.tasks`.
 """
@@ -27,5 +27,6 @@ from vlprune.plan import Plan as Plan
 from vlprune.plan import Scores as Scores
 from vlprune.plan import make_plan as make_plan
 from vlprune.pruner import DependencyGraphPruner as DependencyGraphPruner
+from vlprune.recover.repair import repair as repair
 from vlprune.store import from_pretrained as from_pretrained
 from vlprune.store import save_pretrained as save_pretrained

@@ -22,7 +22,7 @@ from vlprune.copies import clone
 from vlprune.cost import absolute_budget, dense_cost, price
 from vlprune.cutting import cut_
 from vlprune.dissect import default_inputs, dissect, fingerprint_of_model
-from vlprune.errors import UnknownNameError, UnsupportedModelError
+from vlprune.errors import LawError, UnknownNameError, UnsupportedModelError
 from vlprune.gates import Gates
 from vlprune.law import check_masked_equals_cut
 from vlprune.plan import Plan, Scores, make_plan
@@ -288,6 +288,9 @@ def prune(
 def verify(dense: nn.Module, small: nn.Module, example_inputs: Inputs | None = None) -> float:
     """Return the relative error between `dense` masked by the plans of `small`, and `small`.
 
+    Where `small` was repaired, what is compared with the masked model is the same cut without the
+    repair, and `small` must have its weights but for those that its record names as repaired.
+
     Args:
         dense: the model that `small` was cut from, with the weights it had then; where it was cut
             more than once, the first one or any in between.
@@ -309,4 +312,15 @@ def verify(dense: nn.Module, small: nn.Module, example_inputs: Inputs | None = N
         check_fits(earlier, before_last)
         cut_(before_last, earlier.rows)
     check_fits(plans[-1], before_last)
+    repaired = set(record_of(small).repaired)
+    if repaired:
+        plain = clone(before_last)
+        cut_(plain, plans[-1].rows)
+        state = small.state_dict()
+        for name, tensor in plain.state_dict().items():
+            if name not in repaired and not torch.equal(tensor.cpu(), state[name].cpu()):
+                raise LawError(
+                    f"weights that were not repaired must be the original's; {name!r} differs."
+                )
+        small = plain
     return check_masked_equals_cut(before_last, small, plans[-1], inputs)

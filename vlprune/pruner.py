@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,26 @@ _RECORD = "vlprune_record"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Repair:
+    """What solving a layer again did (`recover/repair.py`).
+
+    Attributes:
+        module: the layer, by its path in the dense model; for outputs the projection's parameter.
+        kept, of: how many of its input features are left.
+        before, after: mean squared error to what its answer should be, over the variance of that,
+            on examples that it was not fitted to.
+        ridge: that was best; None where the old weights were, and stayed.
+    """
+
+    module: str
+    kept: int
+    of: int
+    before: float
+    after: float
+    ridge: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """What a cut model knows of its past: how to build the original, and all cuts since.
 
@@ -28,11 +49,15 @@ class Record:
         source: family and its arguments for `Family.build`, None where they are unknown.
         plans: every plan it was cut by, in order.
         relative_error: of the last check masked = cut, None where it was not run.
+        repaired: tensors that are not the original's any more, by their names in this model.
+        repairs: what was done to them.
     """
 
     source: dict[str, Any] | None = None
     plans: tuple[Plan, ...] = ()
     relative_error: float | None = None
+    repaired: tuple[str, ...] = ()
+    repairs: tuple[Repair, ...] = ()
 
 
 def record_of(model: nn.Module) -> Record:
@@ -83,13 +108,37 @@ class DependencyGraphPruner:
         if inplace:
             cut = self.model
             cut_(cut, plan.rows)
-        attach_record(cut, Record(source=source, plans=(*past.plans, plan), relative_error=error))
+        record = Record(
+            source=source,
+            plans=(*past.plans, plan),
+            relative_error=error,
+            repaired=_names_after(past.repaired, plan),
+            repairs=past.repairs,
+        )
+        attach_record(cut, record)
         return cut
 
     def _inputs(self) -> Inputs:
         if self.example_inputs is None:
             return default_inputs(self.model, batch=2)
         return self.example_inputs
+
+
+def _names_after(names: Iterable[str], plan: Plan) -> tuple[str, ...]:
+    """What tensors are called when the layers are gone that a plan deletes."""
+    for row in plan.rows:
+        if row.axis.removal == "delete" and row.removed:
+            gone = [row.axis.gate.modules[unit] + "." for unit in row.removed]
+            stay = [row.axis.gate.modules[unit] + "." for unit in row.keep]
+            stack = stay[0].rstrip(".").rpartition(".")[0] if stay else ""
+            now = {path: f"{stack}.{i}." for i, path in enumerate(stay)}
+            found = []
+            for name in names:
+                if not name.startswith(tuple(gone)):
+                    path = next((path for path in stay if name.startswith(path)), "")
+                    found.append(now.get(path, path) + name.removeprefix(path))
+            names = found
+    return tuple(names)
 
 
 def source_of(model: nn.Module) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ from vlprune.cutting import cut_
 from vlprune.dissect import default_inputs
 from vlprune.errors import CheckpointError, PlanError, UnsupportedModelError
 from vlprune.plan import Plan, Scores, versions
-from vlprune.pruner import Record, attach_record, check_fits, record_of, source_of
+from vlprune.pruner import Record, Repair, attach_record, check_fits, record_of, source_of
 from vlprune.registry import FAMILIES
 
 FORMAT = 1
@@ -98,7 +98,13 @@ def from_pretrained(
     except PlanError as error:
         raise CheckpointError(f"{folder / _PLAN} must fit the model it names; {error}") from error
     _load_weights(model, folder / _WEIGHTS, config["ties"])
-    record = Record(source=config["source"], plans=plans, relative_error=config["relative_error"])
+    record = Record(
+        source=config["source"],
+        plans=plans,
+        relative_error=config["relative_error"],
+        repaired=tuple(config.get("repaired", ())),
+        repairs=tuple(Repair(**repair) for repair in config.get("repairs", ())),
+    )
     attach_record(model, record)
     return model.to(device) if device is not None else model
 
@@ -172,6 +178,8 @@ def _write(model: nn.Module, record: Record, folder: Path) -> None:
         "source": record.source,
         "ties": ties,
         "relative_error": record.relative_error,
+        "repaired": record.repaired,
+        "repairs": [dataclasses.asdict(repair) for repair in record.repairs],
         "versions": versions(),
         "sha256": {name: _sha256(folder / name) for name in (_PLAN, _WEIGHTS)},
     }

@@ -1,1 +1,1 @@
-"""Getting accuracy back after a cut: distillation from the uncut model."""
+"""Getting accuracy back after a cut: repair in closed form, distillation from the uncut model."""

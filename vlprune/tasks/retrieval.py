@@ -169,8 +169,8 @@ def _recall(text: dict[int, Tensor], image: dict[int, Tensor]) -> Recall:
 
 def _groups(captions: Tensor) -> Tensor:
     """Numbers [N] that are equal where captions [N, T] are."""
-    _, group = torch.unique(captions, dim=0, return_inverse=True)
-    return group
+    numbers: Tensor = torch.unique(captions, dim=0, return_inverse=True)[1]
+    return numbers
 
 
 def _hits(

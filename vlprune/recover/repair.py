@@ -1,0 +1,495 @@
+"""Repair: what is left of a layer learns to stand in for what went, in closed form, no training.
+
+A removed head or neuron leaves its consumer (the attention's output projection, the second matrix
+of an FFN) with fewer inputs. Its weights and bias are solved again by ridge regression, so that the
+residual stream behind it is what it is in the dense model: layer after layer, each fed by what the
+repaired ones before it give, in one pass over the data. Where a whole layer went, the consumer
+before it aims at the stream behind it. Last, the outputs are mapped back onto the dense ones.
+
+Source: the regression is that of GRAIL and CORP with means and bias (METHODS 5.9); fed by the
+already repaired model as in Kwon et al., NeurIPS 2022 (2204.09656). That the stream, not the
+layer's own answer, is the target, that rows count by what outputs feel of them, and that a removed
+layer is stood in for by the consumer before it, is ours (measured in NOTES.md).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vlprune.anatomy import Anatomy, under
+from vlprune.calls import Inputs, frozen, quiet_eval, tensors_of
+from vlprune.copies import clone
+from vlprune.cutting import cut_
+from vlprune.dissect import dissect
+from vlprune.gates import Gates
+from vlprune.measures import is_example_task
+from vlprune.moments import Linear, Moments
+from vlprune.plan import Plan, PlanRow
+from vlprune.pruner import DependencyGraphPruner, Repair, attach_record, check_fits, record_of
+from vlprune.recover.projections import find_projection, fold
+from vlprune.recover.stepping import Stepper
+from vlprune.recover.streams import Place, Stream, find_streams, watching
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_HELD_OUT = 5  # every so-manieth example says which ridge is best, and whether any is
+_FEWEST = 10  # examples
+_LEAST = 1e-6  # of the targets' variance: what a new solution must win to be taken
+_FLOOR = 1e-3  # of the mean: what a row counts that no output feels
+_PROBES = 2  # random directions of the outputs that are asked what they feel
+
+Key = tuple[str, int]  # consumer, number of the call
+Forward = Callable[[nn.Module, Any], tuple[Tensor, ...]]
+
+
+class _Stop(NamedTuple):
+    key: Key
+    tensor: Tensor
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class _Consumer:
+    """A layer to solve again, and what was seen of it."""
+
+    path: str
+    module: nn.Module
+    stays: Tensor  # [F] bool, features that are left
+    dim: int  # of the weight: that of features
+    channels: int  # of its input and answer: the dimension of features
+    fitted: Moments = dataclasses.field(default_factory=Moments)
+    held_out: Moments = dataclasses.field(default_factory=Moments)
+
+    @property
+    def kept(self) -> Tensor:
+        """Indices of the features that are left [K]."""
+        return self.stays.nonzero().squeeze(1)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights of the features that are left [D, K]."""
+        whole: Tensor = self.module.weight  # type: ignore[assignment]
+        return whole.detach().movedim(self.dim, -1).flatten(1)[:, self.kept]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias [D], where there is one."""
+        bias: Tensor | None = getattr(self.module, "bias", None)
+        return None if bias is None else bias.detach()
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Its input or answer as [n, features]."""
+        return tensor.detach().movedim(self.channels, -1).flatten(0, -2)
+
+    def take(self, found: Linear) -> None:
+        """Write a solution into the layer."""
+        whole: Tensor = self.module.weight.data  # type: ignore[assignment]
+        columns = whole.movedim(self.dim, -1)
+        columns[..., self.kept] = found.weight.to(whole.dtype).reshape(*columns.shape[:-1], -1)
+        if self.bias is not None:
+            self.bias.copy_(found.bias)
+
+
+def repair(
+    model: nn.Module,
+    plan: Plan,
+    task: Any,
+    *,
+    anatomy: Anatomy | None = None,
+    example_inputs: Inputs | None = None,
+    targets: Literal["stream", "answer"] = "stream",
+    sequential: bool = True,
+    sensitivity: bool = True,
+    outputs: bool = True,
+    ridges: Sequence[float] = RIDGES,
+    verify: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """Return `model` cut by `plan`, with what is left solved again to stand in for what went.
+
+    A layer's new weights are kept only where they do better than the old ones on examples that
+    they were not fitted to (every fifth), with the ridge of `ridges` that does best there; then
+    they are fitted to all. The record of the result names every layer and its error before and
+    after (`vlprune.record_of(small).repairs`).
+
+    Args:
+        model: dense; left as it was.
+        plan: made for it.
+        task: gives batches and outputs (or a loss); labels are not used where it gives outputs.
+        anatomy: of the model, to spare a dissection where the plan removes layers or halves: what
+            stands in for these need not be in the plan.
+        example_inputs: for the check masked = cut; default: of the task, else of the family.
+        targets: "stream": what is added up to there shall be as in the dense model; "answer": only
+            the consumer's own answer.
+        sequential: feed layers by what the repaired ones before them give; else by the dense
+            model's, all at once.
+        sensitivity: let tokens count by what a change of theirs does to the outputs (one backward
+            pass over the data); else all alike.
+        outputs: at the end, map features onto the dense ones, folded into the last projections.
+        ridges: in units of the mean variance of a feature; pulls towards the old weights.
+        verify: as of `prune`.
+        progress: called with (consumers done, consumers).
+
+    Raises:
+        PlanError: if the plan does not fit.
+        ValueError: if the task has fewer than 10 examples.
+    """
+    check_fits(plan, model)
+    student = clone(model)
+    batches = list(task.batches())
+    examples = sum(map(size_of, batches))
+    if examples < _FEWEST:
+        raise ValueError(f"task must have at least {_FEWEST} examples; got {examples} in repair.")
+    if example_inputs is None:
+        example_inputs = task.example_inputs(model)
+    rows = plan.rows
+    if removed_modules(rows):
+        known = {row.axis.name for row in rows}
+        anatomy = dissect(model, example_inputs) if anatomy is None else anatomy
+        others = (axis for axis in anatomy.select(("head", "ffn")).axes if axis.name not in known)
+        rows += tuple(PlanRow(axis=axis, keep=tuple(range(axis.units))) for axis in others)
+    job = _Repair(model, student, rows, forward_of(task), batches, tuple(ridges))
+    with ExitStack() as stack:
+        for one in (model, student):
+            stack.enter_context(quiet_eval(one))
+            stack.enter_context(frozen(one))
+            gates = stack.enter_context(Gates(one, [row.axis for row in rows]))
+        gates.keep(plan.keep)
+        if targets == "stream":
+            job.find_streams()
+        if sensitivity:
+            job.feel()
+        with torch.no_grad():
+            job.solve_all(sequential, progress)
+            if outputs:
+                job.align()
+    small = DependencyGraphPruner(student, example_inputs).prune(plan, verify=verify)
+    plain = clone(model)
+    cut_(plain, plan.rows)
+    before = plain.state_dict()
+    changed = [name for name, t in small.state_dict().items() if not torch.equal(t, before[name])]
+    record = record_of(small)
+    record = dataclasses.replace(
+        record,
+        repaired=tuple(dict.fromkeys((*record.repaired, *changed))),
+        repairs=(*record.repairs, *job.report.values()),
+    )
+    attach_record(small, record)
+    return small
+
+
+def forward_of(task: Any) -> Forward:
+    """Return how a task runs a model on a batch: its outputs, else its loss alone."""
+    if is_example_task(task):
+        return lambda model, batch: tuple(task.outputs(model, batch))
+    return lambda model, batch: (task.loss(model, batch),)
+
+
+class _Repair:
+    """One repair under way."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        student: nn.Module,
+        rows: Sequence[PlanRow],
+        forward: Forward,
+        batches: Sequence[Any],
+        ridges: tuple[float, ...],
+    ):
+        self.model, self.student = model, student
+        self.forward, self.batches, self.ridges = forward, batches, ridges
+        self.report: dict[str, Repair] = {}
+        self.gone = removed_modules(rows)
+        self.consumers = consumers_of(student, rows, self.gone)
+        self.streams: dict[Key, Stream] = {}
+        self.felt: list[dict[Key, Tensor]] = [{} for _ in batches]  # what rows count [n]
+        sizes = [size_of(batch) for batch in batches]
+        self.examples = [range(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+
+    def find_streams(self) -> None:
+        """Find what each consumer's answer is added to."""
+        batch = self.batches[0]
+        run = lambda: self.forward(self.model, batch)  # noqa: E731
+        self.streams = find_streams(self.model, run, self.consumers, self.gone)
+
+    def feel(self) -> None:
+        """Ask by backward passes what outputs feel of every row of every consumer."""
+        if not self.consumers:
+            return
+        for felt, batch in zip(self.felt, self.batches, strict=True):
+            generator = torch.Generator().manual_seed(0)
+            with torch.enable_grad(), _additions(self.model, self.consumers) as additions:
+                outputs = [t for t in self.forward(self.model, batch) if t.requires_grad]
+                for _ in range(_PROBES):
+                    gradients = torch.autograd.grad(
+                        outputs,
+                        list(additions.values()),
+                        [
+                            torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
+                            for t in outputs
+                        ],
+                        retain_graph=True,
+                        materialize_grads=True,
+                    )
+                    for key, gradient in zip(additions, gradients, strict=True):
+                        rows = self.consumers[key[0]].rows(gradient)
+                        square = rows.float().pow(2).sum(-1)
+                        felt[key] = felt[key] + square if key in felt else square
+
+    def solve_all(self, sequential: bool, progress: Callable[[int, int], None] | None) -> None:
+        """Run all batches from consumer to consumer; solve each when all have come to it."""
+        runner = self.student if sequential else self.model
+        with self._forwards(self.model, "out") as dense, self._forwards(runner, "in") as runs:
+            waiting: list[_Stop | None] = [run.step() for run in runs]
+            while any(waiting):
+                key = next(stop.key for stop in waiting if stop is not None)
+                consumer = self.consumers[key[0]]
+                here = {n: stop for n, stop in enumerate(waiting) if stop and stop.key == key}
+                for number, stop in here.items():
+                    target = self._target(key, runs[number], dense[number])
+                    self._add(consumer, number, key, stop.tensor, target)
+                if sequential:
+                    self._solve(consumer)
+                for number in here:
+                    waiting[number] = runs[number].step()
+                if progress is not None:
+                    progress(len(self.report), len(self.consumers))
+            for run in dense:
+                while run.step() is not None:
+                    pass
+            self.wanted = [run.result for run in dense]
+            self.given = [run.result for run in runs]
+        if not sequential:
+            for consumer in self.consumers.values():
+                self._solve(consumer)
+            self.given = [self.forward(self.student, batch) for batch in self.batches]
+
+    @contextmanager
+    def _forwards(self, model: nn.Module, side: Literal["in", "out"]) -> Iterator[list[Stepper]]:
+        """One forward per batch, stopping where inputs ("in") or targets ("out") are known."""
+        befores = collections.Counter(stream.before for stream in self.streams.values())
+        afters: dict[Place, list[Key]] = collections.defaultdict(list)
+        for key, stream in self.streams.items():
+            if stream.after is not None and side == "out":
+                afters[stream.after].append(key)
+        runs: list[Stepper] = []
+
+        def look(place: Place, tensor: Tensor) -> None:
+            run = Stepper.current()
+            if run not in runs:  # the other side's, on the same model
+                return
+            if place in befores:
+                run.seen[place] = (tensor, befores[place])
+            path, at, call, which = place
+            if path in self.consumers and at == side and which == 0:
+                stream = self.streams.get((path, call), Stream())
+                if side == "in" or stream.after is None:
+                    Stepper.stop(_Stop((path, call), tensor))
+            for key in afters.get(place, ()):
+                Stepper.stop(_Stop(key, tensor))
+
+        paths = {place[0] for place in (*befores, *afters) if place} | set(self.consumers)
+        with watching(model, look, paths):
+            runs += [Stepper(functools.partial(self.forward, model, b)) for b in self.batches]
+            try:
+                yield runs
+            finally:
+                for run in runs:
+                    run.close()
+
+    def _target(self, key: Key, run: Stepper, dense: Stepper) -> Tensor:
+        """What the consumer's answer should be, for one batch."""
+        stream = self.streams.get(key, Stream())
+        while key not in dense.seen:
+            stop: _Stop | None = dense.step()
+            if stop is None:
+                raise RuntimeError(f"{key[0]} must run in the dense model as in the masked one.")
+            dense.seen[stop.key] = stop.tensor
+        target: Tensor = dense.seen.pop(key)
+        if stream.before is None:
+            return target
+        before = _used(run, stream.before)
+        if stream.after is None:
+            change = _used(dense, stream.before) - before
+            return target + (change if stream.scale is None else change / stream.scale)
+        change = target - before
+        return change if stream.scale is None else change / stream.scale
+
+    def _add(self, consumer: _Consumer, number: int, key: Key, x: Tensor, target: Tensor) -> None:
+        """Take in the rows of one batch."""
+        examples = _examples(x, len(self.examples[number])) + self.examples[number].start
+        rows, wanted = consumer.rows(x)[:, consumer.kept], consumer.rows(target)
+        counts = self.felt[number].get(key)
+        if counts is None:
+            counts = torch.ones(len(rows), device=rows.device)
+        counts = counts / counts.mean().clamp_min(1e-30) + _FLOOR
+        held = examples % _HELD_OUT == _HELD_OUT - 1
+        consumer.fitted.add(rows[~held], wanted[~held], counts[~held])
+        consumer.held_out.add(rows[held], wanted[held], counts[held])
+
+    def _solve(self, consumer: _Consumer) -> None:
+        """Find the ridge that does best on held-out examples, and fit all examples with it."""
+        prior, bias = consumer.weight, consumer.bias
+        constant = None if bias is not None else prior.new_zeros(len(prior))
+        zeros = prior.new_zeros(len(prior))
+        now = Linear(weight=prior, bias=zeros if bias is None else bias)
+        before = consumer.held_out.error(now)
+        errors = {
+            ridge: consumer.held_out.error(consumer.fitted.fit(prior, ridge, constant))
+            for ridge in self.ridges
+        }
+        best = min(errors, key=lambda ridge: errors[ridge])
+        spread = max(consumer.held_out.spread(), 1e-30)
+        done = errors[best] < before - _LEAST * spread
+        if done:
+            everything = consumer.fitted + consumer.held_out
+            consumer.take(everything.fit(prior, best, constant))
+        self.report[consumer.path] = Repair(
+            module=consumer.path,
+            kept=int(consumer.stays.sum()),
+            of=len(consumer.stays),
+            before=max(before, 0.0) / spread,
+            after=max(errors[best] if done else before, 0.0) / spread,
+            ridge=best if done else None,
+        )
+
+    def align(self) -> None:
+        """Map features [N, E] onto the dense ones, in the last projections."""
+        for place, rows in enumerate(zip(*self.given, strict=True)):
+            wanted = torch.cat([row[place] for row in self.wanted])
+            given = torch.cat(rows)
+            if given.dim() == 2 and given.is_floating_point() and len(given) > given.shape[1]:
+                self._align(place, given, wanted)
+
+    def _align(self, place: int, given: Tensor, wanted: Tensor) -> None:
+        held = torch.arange(len(given), device=given.device) % _HELD_OUT == _HELD_OUT - 1
+        fitted, held_out = Moments(), Moments()
+        fitted.add(given[~held], wanted[~held])
+        held_out.add(given[held], wanted[held])
+        same = torch.eye(given.shape[1], device=given.device)
+        zeros = given.new_zeros(given.shape[1])
+        before = held_out.error(Linear(weight=same, bias=zeros))
+        errors = {r: held_out.error(fitted.fit(same, r, zeros)) for r in self.ridges}
+        best = min(errors, key=lambda ridge: errors[ridge])
+        spread = max(held_out.spread(), 1e-30)
+        if errors[best] >= before - _LEAST * spread:
+            return
+        found = find_projection(
+            self.student, lambda: self.forward(self.student, self.batches[0]), place
+        )
+        if found is None:
+            return
+        fold(self.student, found, (fitted + held_out).fit(same, best, zeros).weight)
+        self.report[found.name] = Repair(
+            module=found.name,
+            kept=given.shape[1],
+            of=given.shape[1],
+            before=before / spread,
+            after=errors[best] / spread,
+            ridge=best,
+        )
+
+
+def _used(run: Stepper, place: Place) -> Tensor:
+    """The tensor seen at a place; forgotten when all who need it have had it."""
+    tensor, uses = run.seen[place]
+    if uses > 1:
+        run.seen[place] = (tensor, uses - 1)
+    else:
+        del run.seen[place]
+    found: Tensor = tensor
+    return found
+
+
+def removed_modules(rows: Iterable[PlanRow]) -> tuple[str, ...]:
+    """Return the paths of the layers and halves that a plan removes."""
+    return tuple(
+        row.axis.gate.modules[unit]
+        for row in rows
+        if row.axis.gate.kind in ("skip", "output")
+        for unit in row.removed
+    )
+
+
+def consumers_of(
+    model: nn.Module, rows: Iterable[PlanRow], gone: Iterable[str]
+) -> dict[str, _Consumer]:
+    """Return what reads the axes of a plan, by path, outside of the modules that are `gone`."""
+    found: dict[str, _Consumer] = {}
+    gone = tuple(gone)
+    for row in rows:
+        axis = row.axis
+        if axis.gate.kind != "input":
+            continue
+        stays = torch.zeros(axis.gate.repeats, axis.units, axis.gate.block, dtype=torch.bool)
+        stays[:, list(row.keep)] = True
+        for path in axis.gate.modules:
+            module = model.get_submodule(path)
+            sites = [site for site in axis.sites if site.tensor == f"{path}.weight"]
+            weight = getattr(module, "weight", None)
+            if len(sites) != 1 or not isinstance(weight, Tensor) or not _is_matrix(weight):
+                continue
+            if any(under(path, other) for other in gone):
+                continue
+            if path in found:
+                found[path].stays &= stays.flatten().to(weight.device)
+            else:
+                found[path] = _Consumer(
+                    path=path,
+                    module=module,
+                    stays=stays.flatten().to(weight.device),
+                    dim=sites[0].dim,
+                    channels=axis.gate.dim,
+                )
+    return found
+
+
+def _is_matrix(weight: Tensor) -> bool:
+    return weight.dim() >= 2 and all(size == 1 for size in weight.shape[2:])
+
+
+@contextmanager
+def _additions(model: nn.Module, consumers: Iterable[str]) -> Iterator[dict[Key, Tensor]]:
+    """Zeros added to the answer of every call of a consumer, for their gradients."""
+    added: dict[Key, Tensor] = {}
+    calls: collections.Counter[str] = collections.Counter()
+
+    def hook(path: str) -> Callable[..., Tensor]:
+        def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            zeros = torch.zeros_like(output, requires_grad=True)
+            added[path, calls[path]] = zeros
+            calls[path] += 1
+            return output + zeros
+
+        return add
+
+    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in consumers]
+    try:
+        yield added
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def size_of(batch: Any) -> int:
+    """Return how many examples a batch holds: the first dimension of its first tensor."""
+    return int(next(tensors_of(batch)).shape[0])
+
+
+def _examples(x: Tensor, size: int) -> Tensor:
+    """To which example of a batch of `size` every row of x [..., F] belongs [n]."""
+    leading = x.shape[:-1]
+    numbers = torch.arange(size, device=x.device)
+    if leading[0] % size == 0:  # [B, ...] or [B * T, ...]
+        return numbers.repeat_interleave(leading.numel() // size)
+    if len(leading) > 1 and leading[1] == size:  # [T, B, ...]
+        return numbers.repeat_interleave(leading[2:].numel()).repeat(leading[0])
+    rows = torch.arange(leading.numel(), device=x.device)
+    return rows * size // max(len(rows), 1)
