@@ -23,6 +23,7 @@ RANKS = {
     "layout": 2,
     "plan": 2,
     "classes": 3,
+    "consumers": 3,
     "cost": 3,
     "gates": 3,
     "graph": 3,

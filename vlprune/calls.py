@@ -88,6 +88,19 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(getattr(value, field.name))
 
 
+def first_tensor(output: Any) -> Tensor:
+    """Return the first tensor of nested tuples."""
+    while isinstance(output, tuple):
+        output = output[0]
+    assert isinstance(output, Tensor), type(output)
+    return output
+
+
+def with_first(output: Any, tensor: Tensor) -> Any:
+    """Return nested tuples with their first tensor replaced."""
+    return (with_first(output[0], tensor), *output[1:]) if isinstance(output, tuple) else tensor
+
+
 def answers_of(output: Any) -> Iterator[Tensor]:
     """Yield the tensors of an output without what is recorded of every layer on the way."""
     if isinstance(output, Mapping):

@@ -17,7 +17,7 @@ from vlprune.calls import Inputs
 from vlprune.dissect import ModelView
 from vlprune.plan import Scores
 
-Needs = Literal["nothing", "forward", "backward", "measure", "task"]
+Needs = Literal["nothing", "forward", "backward", "outputs", "measure", "task"]
 
 
 class Metric(Protocol):
@@ -25,9 +25,9 @@ class Metric(Protocol):
 
     Attributes:
         needs: what precedes every `update`: "nothing" (the weights are enough, no update),
-            a "forward", a forward and "backward"; or what `update` is given: with "measure" a
-            function without arguments that says how well the model does now (higher is better),
-            with "task" the task itself.
+            a "forward", a forward and "backward"; or what `update` is given: with "outputs" those
+            of a forward with gradients, with "measure" a function without arguments that says how
+            well the model does now (higher is better), with "task" the task itself.
     """
 
     needs: ClassVar[Needs]
@@ -41,7 +41,7 @@ class Metric(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
     def update(self, measure: Any = None) -> None:
-        """Take in one batch, or for "measure" and "task" all units."""
+        """Take in one batch, or for "measure" and "task" all units; see `needs`."""
 
     def compute(self) -> Scores:
         """Return the scores of all that was taken in."""
@@ -60,7 +60,7 @@ class Allocation(Protocol):
     """How a budget is spread over axes: says which units stay."""
 
     def __call__(
-        self, scores: Scores, budget: Mapping[str, float], *, min_units: int = 0
+        self, scores: Scores, budget: Mapping[str, float], *, min_units: int = 0, **options: Any
     ) -> dict[str, tuple[int, ...]]: ...
 
 

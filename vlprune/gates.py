@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vlprune.anatomy import Axis
-from vlprune.calls import tensors_of
+from vlprune.calls import first_tensor, tensors_of, with_first
 from vlprune.errors import PlanError
 from vlprune.intercepts import ProductMode, RouterMode, while_running
 from vlprune.layout import resolve
@@ -278,7 +278,7 @@ class Gates:
 
     def _branch_hook(self, axis: Axis, unit: int) -> Callable[..., Any]:
         def interpolate(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            out = _first(output)
+            out = first_tensor(output)
             residual = _residual(axis, args, kwargs)
             if self._tap:
                 self._tap(axis, unit, residual, out)
@@ -291,7 +291,7 @@ class Gates:
                 out = out * gate
             else:  # exact at both ends: the input at 0, the output at 1
                 out = torch.lerp(residual.to(out.dtype), out, gate)
-            return _with_first(output, out)
+            return with_first(output, out)
 
         return interpolate
 
@@ -333,18 +333,6 @@ def _hook_product(
         module.register_forward_hook(hook) if offered is None else offered(weight, hook)
     )
     return handle
-
-
-def _first(output: Any) -> Tensor:
-    """The first tensor of nested tuples."""
-    while isinstance(output, tuple):
-        output = output[0]
-    assert isinstance(output, Tensor), type(output)
-    return output
-
-
-def _with_first(output: Any, tensor: Tensor) -> Any:
-    return (_with_first(output[0], tensor), *output[1:]) if isinstance(output, tuple) else tensor
 
 
 def _broadcast(gate: Tensor, x: Tensor, dim: int) -> Tensor:

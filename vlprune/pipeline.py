@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlprune.anatomy import Anatomy
+from vlprune.anatomy import Anatomy, Axis
 from vlprune.calls import Inputs, frozen, map_tensors, quiet_eval
+from vlprune.consumers import forward_of
 from vlprune.contracts import Task
 from vlprune.copies import clone
 from vlprune.cost import absolute_budget, dense_cost, price
@@ -191,12 +192,20 @@ def _run_batches(
 ) -> None:
     batches = task.batches()
     total = len(batches) if isinstance(batches, Sized) else 0
+    outputs = forward_of(task)
     for done, batch in enumerate(itertools.islice(batches, max_batches), start=1):
-        with torch.set_grad_enabled(needs == "backward"):
-            loss = task.loss(model, batch)
-        if needs == "backward":
+        if needs == "outputs":
+            with torch.enable_grad():
+                meter.update(outputs(model, batch))
+        elif needs == "backward":
+            with torch.enable_grad():
+                loss = task.loss(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
-        meter.update()
+            meter.update()
+        else:
+            with torch.no_grad():
+                task.loss(model, batch)
+            meter.update()
         if progress:
             progress(done, min(total, max_batches or total) or done)
 
@@ -216,6 +225,8 @@ def plan(
     allocation: str = "global",
     *,
     min_units: int = 0,
+    within: Scores | None = None,
+    **options: Any,
 ) -> Plan:
     """Return which units stay so that the model costs no more than `budget`.
 
@@ -225,13 +236,18 @@ def plan(
             what the scored axes can remove; floats are shares to keep, integers absolutes.
         allocation: a name in the registry: how the budget is spread over axes.
         min_units: at least so many units stay on every axis.
+        within: other scores that choose which units of an axis stay; how many is said by
+            `scores`. Axes whose units differ in price (layers) are chosen by `scores` alone.
+        options: of the allocation.
 
     Raises:
         BudgetError: if it cannot be met, saying the least and the most that can be reached.
     """
     anatomy = scores.anatomy
     absolute_budget(anatomy, budget)
-    keep = ALLOCATIONS[allocation](scores, budget, min_units=min_units)
+    keep = ALLOCATIONS[allocation](scores, budget, min_units=min_units, **options)
+    if within is not None:
+        keep = {name: _best(anatomy.axis(name), units, within) for name, units in keep.items()}
     return make_plan(
         anatomy,
         keep,
@@ -244,8 +260,19 @@ def plan(
             "strategies": list(anatomy.kinds),
             "allocation": allocation,
             "min_units": min_units,
+            **({} if within is None else {"within": within.metric}),
+            **options,
         },
     )
+
+
+def _best(axis: Axis, kept: tuple[int, ...], scores: Scores) -> tuple[int, ...]:
+    """As many units of an axis as are kept, the best by other scores."""
+    values = scores.values.get(axis.name)
+    if axis.removal != "slice" or values is None:
+        return kept
+    order = sorted(range(axis.units), key=lambda unit: (-values[unit], unit))
+    return tuple(sorted(order[: len(kept)]))
 
 
 @contextlib.contextmanager

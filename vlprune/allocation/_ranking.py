@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vlprune.anatomy import Anatomy
+from vlprune.anatomy import Anatomy, Axis
 from vlprune.cost import absolute_budget, fits, price
 from vlprune.errors import BudgetError
 from vlprune.plan import Scores
@@ -34,6 +34,24 @@ def ranks(scores: Scores, axis: str) -> Numbers:
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     return rank
+
+
+def savings(anatomy: Anatomy, axis: Axis, resource: str) -> list[float]:
+    """Return what removing each unit alone saves; units of a sliced axis cost the same.
+
+    Args:
+        anatomy: to price with.
+        axis: of it.
+        resource: "params" or "macs".
+    """
+    dense = getattr(price(anatomy, {}), resource)
+    units = range(axis.units)
+    if axis.removal == "slice":
+        few = units[axis.least :]
+        saved = dense - getattr(price(anatomy, {axis.name: tuple(units[: axis.least])}), resource)
+        return [saved / max(len(few), 1)] * axis.units
+    without = ({axis.name: tuple(u for u in units if u != gone)} for gone in units)
+    return [float(dense - getattr(price(anatomy, keep), resource)) for keep in without]
 
 
 def keep_within(

@@ -10,10 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vlprune.allocation._ranking import keep_within
-from vlprune.anatomy import Anatomy, Axis
-from vlprune.cost import price
-from vlprune.plan import Cost, Scores
+from vlprune.allocation._ranking import keep_within, savings
+from vlprune.plan import Scores
 from vlprune.registry import ALLOCATIONS
 
 
@@ -32,20 +30,9 @@ def global_ranking(
         BudgetError: if the budget cannot be met.
     """
     resource = "macs" if set(budget) == {"macs"} else "params"
-    dense = price(scores.anatomy, {})
     worth = [
         np.asarray(scores.values[axis.name])
-        / np.maximum(_savings(scores.anatomy, axis, dense, resource), 1)
+        / np.maximum(savings(scores.anatomy, axis, resource), 1)
         for axis in scores.anatomy.axes
     ]
     return keep_within(scores, np.concatenate(worth), min_units, budget)
-
-
-def _savings(anatomy: Anatomy, axis: Axis, dense: Cost, resource: str) -> list[float]:
-    """What removing each unit alone saves; units of a sliced axis cost the same."""
-    if axis.removal == "slice":
-        saved = getattr(dense, resource) - getattr(price(anatomy, {axis.name: ()}), resource)
-        return [saved / axis.units] * axis.units
-    units = range(axis.units)
-    without = ({axis.name: tuple(u for u in units if u != gone)} for gone in units)
-    return [getattr(dense, resource) - getattr(price(anatomy, keep), resource) for keep in without]

@@ -17,20 +17,31 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vlprune.anatomy import Anatomy, under
-from vlprune.calls import Inputs, frozen, quiet_eval, tensors_of
+from vlprune.anatomy import Anatomy
+from vlprune.calls import Inputs, frozen, quiet_eval
+from vlprune.consumers import (
+    Additions,
+    Consumer,
+    Forward,
+    Key,
+    consumers_of,
+    examples_of,
+    forward_of,
+    output_gradients,
+    removed_modules,
+    size_of,
+)
 from vlprune.copies import clone
 from vlprune.cutting import cut_
 from vlprune.dissect import dissect
 from vlprune.gates import Gates
-from vlprune.measures import is_example_task
 from vlprune.moments import Linear, Moments
 from vlprune.plan import Plan, PlanRow
 from vlprune.pruner import DependencyGraphPruner, Repair, attach_record, check_fits, record_of
@@ -43,10 +54,6 @@ _HELD_OUT = 5  # every so-manieth example says which ridge is best, and whether 
 _FEWEST = 10  # examples
 _LEAST = 1e-6  # of the targets' variance: what a new solution must win to be taken
 _FLOOR = 1e-3  # of the mean: what a row counts that no output feels
-_PROBES = 2  # random directions of the outputs that are asked what they feel
-
-Key = tuple[str, int]  # consumer, number of the call
-Forward = Callable[[nn.Module, Any], tuple[Tensor, ...]]
 
 
 class _Stop(NamedTuple):
@@ -54,46 +61,12 @@ class _Stop(NamedTuple):
     tensor: Tensor
 
 
-@dataclasses.dataclass(slots=True, kw_only=True)
-class _Consumer:
-    """A layer to solve again, and what was seen of it."""
+@dataclasses.dataclass(slots=True)
+class _Seen:
+    """What was seen of a consumer."""
 
-    path: str
-    module: nn.Module
-    stays: Tensor  # [F] bool, features that are left
-    dim: int  # of the weight: that of features
-    channels: int  # of its input and answer: the dimension of features
     fitted: Moments = dataclasses.field(default_factory=Moments)
     held_out: Moments = dataclasses.field(default_factory=Moments)
-
-    @property
-    def kept(self) -> Tensor:
-        """Indices of the features that are left [K]."""
-        return self.stays.nonzero().squeeze(1)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weights of the features that are left [D, K]."""
-        whole: Tensor = self.module.weight  # type: ignore[assignment]
-        return whole.detach().movedim(self.dim, -1).flatten(1)[:, self.kept]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias [D], where there is one."""
-        bias: Tensor | None = getattr(self.module, "bias", None)
-        return None if bias is None else bias.detach()
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """Its input or answer as [n, features]."""
-        return tensor.detach().movedim(self.channels, -1).flatten(0, -2)
-
-    def take(self, found: Linear) -> None:
-        """Write a solution into the layer."""
-        whole: Tensor = self.module.weight.data  # type: ignore[assignment]
-        columns = whole.movedim(self.dim, -1)
-        columns[..., self.kept] = found.weight.to(whole.dtype).reshape(*columns.shape[:-1], -1)
-        if self.bias is not None:
-            self.bias.copy_(found.bias)
 
 
 def repair(
@@ -184,13 +157,6 @@ def repair(
     return small
 
 
-def forward_of(task: Any) -> Forward:
-    """Return how a task runs a model on a batch: its outputs, else its loss alone."""
-    if is_example_task(task):
-        return lambda model, batch: tuple(task.outputs(model, batch))
-    return lambda model, batch: (task.loss(model, batch),)
-
-
 class _Repair:
     """One repair under way."""
 
@@ -208,6 +174,7 @@ class _Repair:
         self.report: dict[str, Repair] = {}
         self.gone = removed_modules(rows)
         self.consumers = consumers_of(student, rows, self.gone)
+        self.seen = {path: _Seen() for path in self.consumers}
         self.streams: dict[Key, Stream] = {}
         self.felt: list[dict[Key, Tensor]] = [{} for _ in batches]  # what rows count [n]
         sizes = [size_of(batch) for batch in batches]
@@ -221,24 +188,11 @@ class _Repair:
 
     def feel(self) -> None:
         """Ask by backward passes what outputs feel of every row of every consumer."""
-        if not self.consumers:
-            return
         for felt, batch in zip(self.felt, self.batches, strict=True):
-            generator = torch.Generator().manual_seed(0)
-            with torch.enable_grad(), _additions(self.model, self.consumers) as additions:
-                outputs = [t for t in self.forward(self.model, batch) if t.requires_grad]
-                for _ in range(_PROBES):
-                    gradients = torch.autograd.grad(
-                        outputs,
-                        list(additions.values()),
-                        [
-                            torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
-                            for t in outputs
-                        ],
-                        retain_graph=True,
-                        materialize_grads=True,
-                    )
-                    for key, gradient in zip(additions, gradients, strict=True):
+            with torch.enable_grad(), Additions(self.model, self.consumers) as additions:
+                outputs = self.forward(self.model, batch)
+                for gradients in output_gradients(outputs, additions.zeros):
+                    for key, gradient in gradients.items():
                         rows = self.consumers[key[0]].rows(gradient)
                         square = rows.float().pow(2).sum(-1)
                         felt[key] = felt[key] + square if key in felt else square
@@ -322,34 +276,36 @@ class _Repair:
         change = target - before
         return change if stream.scale is None else change / stream.scale
 
-    def _add(self, consumer: _Consumer, number: int, key: Key, x: Tensor, target: Tensor) -> None:
+    def _add(self, consumer: Consumer, number: int, key: Key, x: Tensor, target: Tensor) -> None:
         """Take in the rows of one batch."""
-        examples = _examples(x, len(self.examples[number])) + self.examples[number].start
+        examples = examples_of(x, len(self.examples[number])) + self.examples[number].start
         rows, wanted = consumer.rows(x)[:, consumer.kept], consumer.rows(target)
         counts = self.felt[number].get(key)
         if counts is None:
             counts = torch.ones(len(rows), device=rows.device)
         counts = counts / counts.mean().clamp_min(1e-30) + _FLOOR
         held = examples % _HELD_OUT == _HELD_OUT - 1
-        consumer.fitted.add(rows[~held], wanted[~held], counts[~held])
-        consumer.held_out.add(rows[held], wanted[held], counts[held])
+        seen = self.seen[consumer.path]
+        seen.fitted.add(rows[~held], wanted[~held], counts[~held])
+        seen.held_out.add(rows[held], wanted[held], counts[held])
 
-    def _solve(self, consumer: _Consumer) -> None:
+    def _solve(self, consumer: Consumer) -> None:
         """Find the ridge that does best on held-out examples, and fit all examples with it."""
         prior, bias = consumer.weight, consumer.bias
+        seen = self.seen[consumer.path]
         constant = None if bias is not None else prior.new_zeros(len(prior))
         zeros = prior.new_zeros(len(prior))
         now = Linear(weight=prior, bias=zeros if bias is None else bias)
-        before = consumer.held_out.error(now)
+        before = seen.held_out.error(now)
         errors = {
-            ridge: consumer.held_out.error(consumer.fitted.fit(prior, ridge, constant))
+            ridge: seen.held_out.error(seen.fitted.fit(prior, ridge, constant))
             for ridge in self.ridges
         }
         best = min(errors, key=lambda ridge: errors[ridge])
-        spread = max(consumer.held_out.spread(), 1e-30)
+        spread = max(seen.held_out.spread(), 1e-30)
         done = errors[best] < before - _LEAST * spread
         if done:
-            everything = consumer.fitted + consumer.held_out
+            everything = seen.fitted + seen.held_out
             consumer.take(everything.fit(prior, best, constant))
         self.report[consumer.path] = Repair(
             module=consumer.path,
@@ -406,90 +362,3 @@ def _used(run: Stepper, place: Place) -> Tensor:
         del run.seen[place]
     found: Tensor = tensor
     return found
-
-
-def removed_modules(rows: Iterable[PlanRow]) -> tuple[str, ...]:
-    """Return the paths of the layers and halves that a plan removes."""
-    return tuple(
-        row.axis.gate.modules[unit]
-        for row in rows
-        if row.axis.gate.kind in ("skip", "output")
-        for unit in row.removed
-    )
-
-
-def consumers_of(
-    model: nn.Module, rows: Iterable[PlanRow], gone: Iterable[str]
-) -> dict[str, _Consumer]:
-    """Return what reads the axes of a plan, by path, outside of the modules that are `gone`."""
-    found: dict[str, _Consumer] = {}
-    gone = tuple(gone)
-    for row in rows:
-        axis = row.axis
-        if axis.gate.kind != "input":
-            continue
-        stays = torch.zeros(axis.gate.repeats, axis.units, axis.gate.block, dtype=torch.bool)
-        stays[:, list(row.keep)] = True
-        for path in axis.gate.modules:
-            module = model.get_submodule(path)
-            sites = [site for site in axis.sites if site.tensor == f"{path}.weight"]
-            weight = getattr(module, "weight", None)
-            if len(sites) != 1 or not isinstance(weight, Tensor) or not _is_matrix(weight):
-                continue
-            if any(under(path, other) for other in gone):
-                continue
-            if path in found:
-                found[path].stays &= stays.flatten().to(weight.device)
-            else:
-                found[path] = _Consumer(
-                    path=path,
-                    module=module,
-                    stays=stays.flatten().to(weight.device),
-                    dim=sites[0].dim,
-                    channels=axis.gate.dim,
-                )
-    return found
-
-
-def _is_matrix(weight: Tensor) -> bool:
-    return weight.dim() >= 2 and all(size == 1 for size in weight.shape[2:])
-
-
-@contextmanager
-def _additions(model: nn.Module, consumers: Iterable[str]) -> Iterator[dict[Key, Tensor]]:
-    """Zeros added to the answer of every call of a consumer, for their gradients."""
-    added: dict[Key, Tensor] = {}
-    calls: collections.Counter[str] = collections.Counter()
-
-    def hook(path: str) -> Callable[..., Tensor]:
-        def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            zeros = torch.zeros_like(output, requires_grad=True)
-            added[path, calls[path]] = zeros
-            calls[path] += 1
-            return output + zeros
-
-        return add
-
-    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in consumers]
-    try:
-        yield added
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def size_of(batch: Any) -> int:
-    """Return how many examples a batch holds: the first dimension of its first tensor."""
-    return int(next(tensors_of(batch)).shape[0])
-
-
-def _examples(x: Tensor, size: int) -> Tensor:
-    """To which example of a batch of `size` every row of x [..., F] belongs [n]."""
-    leading = x.shape[:-1]
-    numbers = torch.arange(size, device=x.device)
-    if leading[0] % size == 0:  # [B, ...] or [B * T, ...]
-        return numbers.repeat_interleave(leading.numel() // size)
-    if len(leading) > 1 and leading[1] == size:  # [T, B, ...]
-        return numbers.repeat_interleave(leading[2:].numel()).repeat(leading[0])
-    rows = torch.arange(leading.numel(), device=x.device)
-    return rows * size // max(len(rows), 1)

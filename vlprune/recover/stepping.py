@@ -31,7 +31,7 @@ class Stepper:
         self.seen: dict[Any, Any] = {}
         self._work = work
         self._greenlet = greenlet.greenlet(self._run)
-        self._greenlet.stepper = self
+        self._greenlet.stepper = self  # type: ignore[attr-defined]
 
     def step(self) -> Any:
         """Run to the next stop and return what was given to it; None when done."""

@@ -182,7 +182,7 @@ def _hits(
     """
     parts = [
         _first(rows @ answers.T, group[:, None] == groups[None, :], ks)
-        for rows, group in zip(queries.split(_ROWS), groups.split(_ROWS), strict=True)
+        for rows, group in zip(torch.split(queries, _ROWS), torch.split(groups, _ROWS), strict=True)
     ]
     return {k: torch.cat([part[k] for part in parts]) for k in ks}
 

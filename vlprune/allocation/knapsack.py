@@ -1,0 +1,228 @@
+"""Knapsack: keep what is worth most in all, within every limit at once (integer programme).
+
+Where the ranking of "global" serves one limit, this one serves several: parameters and
+multiply-accumulates, a share of them for single towers, widths that are multiples of a number,
+axes that stay whole. Units are priced one by one from the anatomy, which is exact for heads and
+neurons; where prices depend on each other (a layer and its heads) limits are tightened until the
+exact price fits, and what is left of the budget is filled up.
+
+Source: Shen et al., Structural Pruning via Latency-Saliency Knapsack, NeurIPS 2022 (2210.06659);
+solved by `scipy.optimize.milp` (HiGHS).
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import scipy.optimize
+from numpy.typing import NDArray
+
+from vlprune.allocation._ranking import savings
+from vlprune.anatomy import Anatomy, Axis
+from vlprune.cost import absolute_budget, fits, price
+from vlprune.errors import BudgetError
+from vlprune.plan import Scores
+from vlprune.registry import ALLOCATIONS
+
+_GAP = 1e-4  # of the best worth: where the search may end
+_SECONDS = 60.0  # and when
+_ROUNDS = 12  # tightenings of limits
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Block:
+    """Units that go together: as many as a width is a multiple of."""
+
+    axis: str
+    units: tuple[int, ...]
+    worth: float
+    params: float
+    macs: float
+
+
+@ALLOCATIONS.register("knapsack")
+def knapsack(
+    scores: Scores,
+    budget: Mapping[str, float],
+    *,
+    min_units: int = 0,
+    round_to: int = 1,
+    protect: tuple[str, ...] = (),
+    towers: Mapping[str, float] | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Return what stays, axis name to units.
+
+    Args:
+        scores: of every unit, comparable over axes. Negative ones are worth nothing.
+        budget: one or more limits, see `cost.absolute_budget`; the one that binds is met within one
+            block of units.
+        min_units: at least so many units stay on every axis.
+        round_to: neurons stay in multiples of this many (what the last block lacks goes with it).
+        protect: axes that stay whole, by name or by the start of one.
+        towers: tower to the share of its units' parameters that may stay at most.
+
+    Raises:
+        BudgetError: if the budget cannot be met.
+        ValueError: for a round_to below 1, an unknown tower or a protected axis that is not there.
+    """
+    anatomy = scores.anatomy
+    _check(anatomy, round_to, protect, towers or {})
+    limits = absolute_budget(anatomy, budget)
+    blocks = list(_blocks(scores, min_units, round_to, protect))
+    least = _keep(anatomy, blocks, np.zeros(len(blocks), dtype=bool))
+    floor, dense = price(anatomy, least), price(anatomy, {})
+    if not fits(floor, limits):
+        raise BudgetError(
+            f"budget {dict(budget)} must be reachable; with the units that have to stay the least "
+            f"is {floor.params:,} params and {floor.macs:,} macs, the most {dense.params:,} and "
+            f"{dense.macs:,}. Lower min_units, protect less or ask for more."
+        )
+    room = {name: limit - getattr(floor, name) for name, limit in limits.items()}
+    bounds = {
+        tower: share * sum(sum(savings(anatomy, a, "params")) for a in _of(anatomy, tower))
+        - sum(
+            cost
+            for axis in _of(anatomy, tower)
+            for unit, cost in enumerate(savings(anatomy, axis, "params"))
+            if unit in least[axis.name]
+        )
+        for tower, share in (towers or {}).items()
+    }
+    chosen = np.zeros(len(blocks), dtype=bool)
+    for _ in range(_ROUNDS):
+        chosen = _solve(anatomy, blocks, room, bounds)
+        spent = price(anatomy, _keep(anatomy, blocks, chosen))
+        over = {name: getattr(spent, name) - limit for name, limit in limits.items()}
+        if all(excess <= 0 for excess in over.values()):
+            break
+        room = {name: size - max(over[name], 0) for name, size in room.items()}
+    else:
+        chosen[:] = False
+    return _filled(anatomy, blocks, chosen, limits, bounds)
+
+
+def _check(
+    anatomy: Anatomy, round_to: int, protect: tuple[str, ...], towers: Mapping[str, float]
+) -> None:
+    if round_to < 1:
+        raise ValueError(f"round_to must be at least 1; got {round_to} in knapsack.")
+    known = sorted({axis.tower for axis in anatomy.axes})
+    for tower in towers:
+        if tower not in known:
+            raise ValueError(f"towers must be of {', '.join(known)}; got {tower!r} in knapsack.")
+    for name in protect:
+        if not any(axis.name.startswith(name) for axis in anatomy.axes):
+            raise ValueError(f"protect must name axes; none starts with {name!r} in knapsack.")
+
+
+def _of(anatomy: Anatomy, tower: str) -> list[Axis]:
+    return [axis for axis in anatomy.axes if axis.tower == tower]
+
+
+def _blocks(
+    scores: Scores, min_units: int, round_to: int, protect: tuple[str, ...]
+) -> Iterator[_Block]:
+    """What may go, block by block; the best units of an axis that have to stay are in none."""
+    top = max((abs(v) for row in scores.values.values() for v in row), default=0.0) or 1.0
+    for axis in scores.anatomy.axes:
+        if axis.name.startswith(protect):
+            continue
+        values = np.asarray(scores.values[axis.name], dtype=float)
+        order = np.argsort(-values, kind="stable")  # best first
+        prices = {name: savings(scores.anatomy, axis, name) for name in ("params", "macs")}
+        size = round_to if axis.kind == "ffn" else 1
+        stay = max(min_units, axis.least)
+        stay = -(-stay // size) * size  # up to whole blocks
+        for start in range(stay, axis.units, size):
+            units = tuple(int(unit) for unit in order[start : start + size])
+            yield _Block(
+                axis=axis.name,
+                units=units,
+                worth=sum(max(values[unit] / top, 1e-9) for unit in units),
+                params=sum(prices["params"][unit] for unit in units),
+                macs=sum(prices["macs"][unit] for unit in units),
+            )
+
+
+def _solve(
+    anatomy: Anatomy,
+    blocks: list[_Block],
+    room: Mapping[str, float],
+    bounds: Mapping[str, float],
+) -> NDArray[np.bool_]:
+    """Which blocks stay: the most worth within `room` and the `bounds` of towers."""
+    if not blocks:
+        return np.zeros(0, dtype=bool)
+    tower = {axis.name: axis.tower for axis in anatomy.axes}
+    rows = [[getattr(block, name) for block in blocks] for name in room]
+    rows += [[b.params if tower[b.axis] == name else 0 for b in blocks] for name in bounds]
+    matrix = np.asarray(rows, dtype=float)
+    sizes = np.asarray([*room.values(), *bounds.values()], dtype=float).clip(min=0)
+    scale = matrix.max(axis=1, initial=1.0)
+    found = scipy.optimize.milp(
+        -np.asarray([block.worth for block in blocks]),
+        constraints=scipy.optimize.LinearConstraint(matrix / scale[:, None], ub=sizes / scale),
+        integrality=np.ones(len(blocks)),
+        bounds=scipy.optimize.Bounds(0, 1),
+        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+    )
+    if found.x is None:
+        raise BudgetError(f"the integer programme must be solvable; HiGHS says: {found.message}")
+    chosen: NDArray[np.bool_] = found.x > 0.5
+    return chosen
+
+
+def _filled(
+    anatomy: Anatomy,
+    blocks: list[_Block],
+    chosen: NDArray[np.bool_],
+    limits: Mapping[str, int],
+    bounds: Mapping[str, float],
+) -> dict[str, tuple[int, ...]]:
+    """The choice with all further blocks that fit by the exact price, axis by axis."""
+    axes = {axis.name: axis for axis in anatomy.axes}
+    rest: dict[str, list[int]] = collections.defaultdict(list)
+    room = dict(bounds)
+    for index, block in enumerate(blocks):
+        tower = axes[block.axis].tower
+        if not chosen[index]:
+            rest[block.axis].append(index)
+        elif tower in room:
+            room[tower] -= block.params
+
+    def fit(more: list[int]) -> bool:
+        added = chosen.copy()
+        added[more] = True
+        tower = axes[blocks[more[0]].axis].tower
+        within = sum(blocks[i].params for i in more) <= room.get(tower, float("inf"))
+        return within and fits(price(anatomy, _keep(anatomy, blocks, added)), limits)
+
+    for name, members in sorted(rest.items(), key=lambda row: -blocks[row[1][0]].worth):
+        if axes[name].removal == "slice":  # of one price: the more, the dearer
+            count = bisect.bisect(range(1, len(members) + 1), 0, key=lambda n: not fit(members[:n]))
+            more = members[:count]
+        else:
+            more = []
+            for index in members:
+                more = [*more, index] if fit([*more, index]) else more
+        chosen[more] = True
+        if axes[name].tower in room:
+            room[axes[name].tower] -= sum(blocks[i].params for i in more)
+    return _keep(anatomy, blocks, chosen)
+
+
+def _keep(
+    anatomy: Anatomy, blocks: list[_Block], chosen: NDArray[np.bool_]
+) -> dict[str, tuple[int, ...]]:
+    gone: dict[str, set[int]] = {axis.name: set() for axis in anatomy.axes}
+    for block, stays in zip(blocks, chosen, strict=True):
+        if not stays:
+            gone[block.axis].update(block.units)
+    return {
+        axis.name: tuple(unit for unit in range(axis.units) if unit not in gone[axis.name])
+        for axis in anatomy.axes
+    }
