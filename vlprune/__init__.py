@@ -1,8 +1,8 @@
 """vlprune: structured pruning for vision-language transformers. Removes weights, not tokens.
 
-The verbs: create_model, dissect, score, plan, mask, prune, repair, verify, save_pretrained,
-from_pretrained. The nouns: Anatomy, Scores, Plan, Gates. Plug-ins: `vlprune.metrics`,
-`vlprune.strategies`, `vlprune.allocation`, `vlprune.families`, `vlprune.tasks`.
+The verbs: create_model, dissect, score, plan, mask, prune, repair, compress, verify,
+save_pretrained, from_pretrained. The nouns: Anatomy, Scores, Plan, Gates. Plug-ins:
+`vlprune.metrics`, `vlprune.strategies`, `vlprune.allocation`, `vlprune.families`, `vlprune.tasks`.
 """
 
 from vlprune import metrics as metrics
@@ -16,6 +16,7 @@ from vlprune.contracts import Task as Task
 from vlprune.cost import price as price
 from vlprune.dissect import dissect as dissect
 from vlprune.gates import Gates as Gates
+from vlprune.pipeline import compress as compress
 from vlprune.pipeline import create_model as create_model
 from vlprune.pipeline import mask as mask
 from vlprune.pipeline import plan as plan

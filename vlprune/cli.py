@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +66,9 @@ Budget = Annotated[
     list[str], typer.Option(help="What may stay: params=0.5, macs=0.5, prunable_params=0.5.")
 ]
 AllocationName = Annotated[str, typer.Option("--allocation", help="See `vlprune list`.")]
+AllocationOptions = Annotated[
+    list[str], typer.Option("--with", help="Option of the allocation, key=value; repeatable.")
+]
 MinUnits = Annotated[int, typer.Option(help="Units that stay on every axis at least.")]
 
 
@@ -243,6 +246,10 @@ def plan(
     budget: Budget = ["params=0.5"],  # noqa: B006  # as above
     allocation: AllocationName = "global",
     min_units: MinUnits = 0,
+    options: AllocationOptions = [],  # noqa: B006  # as above
+    within: Annotated[
+        Path | None, typer.Option(help="Other scores that choose within an axis, JSON.")
+    ] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw what stays, PNG.")] = None,
 ) -> None:
     """Choose what stays within a budget."""
@@ -251,7 +258,12 @@ def plan(
     from vlprune.store import read_scores, write_json
 
     chosen = vlprune.plan(
-        read_scores(scores), _pairs(budget, "budget", float), allocation, min_units=min_units
+        read_scores(scores),
+        _pairs(budget, "budget", float),
+        allocation,
+        min_units=min_units,
+        within=read_scores(within) if within else None,
+        **_pairs(options, "with", _literal),
     )
     write_json(chosen, to)
     if picture:
@@ -267,18 +279,27 @@ def prune(
         Path | None, typer.Option("--plan", help="What `vlprune plan` wrote; else one is made.")
     ] = None,
     budget: Budget = ["params=0.5"],  # noqa: B006  # as above
-    metric: MetricName = "fisher",
+    metric: MetricName = "reconstruction",
     allocation: AllocationName = "global",
     task: TaskName = "",
     examples: Examples = 512,
     strategies: Strategies = "head,ffn",
     settings: Settings = [],  # noqa: B006  # as above
+    options: AllocationOptions = [],  # noqa: B006  # as above
     min_units: MinUnits = 0,
+    repair: Annotated[
+        bool | None,
+        typer.Option(
+            "--repair/--no-repair",
+            help="Solve what is left again to stand in for what went; default: with a task.",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Cut, repair and score again so often.")] = 1,
     pretrained: Pretrained = "",
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
-    """Cut a model, prove that masked = cut, and save it."""
+    """Cut a model, repair it, prove that masked = cut, and save it."""
     import vlprune
     from vlprune.cost import count_params
     from vlprune.pruner import record_of
@@ -286,15 +307,36 @@ def prune(
 
     check_target(to)
     dense = _model(model, pretrained, device)
+    task = task or _default_task(model)
+    data = _task(task, dense, examples, seed)
+    repaired = data is not None if repair is None else repair
+    if repaired and data is None:
+        raise ValueError("repair must be given a task; got none. Add --task, or --no-repair.")
     if plan_file:
         chosen = read_plan(plan_file)
+        with _progress() as stage:
+            small = (
+                vlprune.repair(dense, chosen, data, progress=stage("repair"))
+                if repaired
+                else vlprune.prune(dense, chosen)
+            )
     else:
-        task = task or _default_task(model)
-        scores = _score(dense, metric, task, examples, strategies, settings, seed)
-        wanted = _pairs(budget, "budget", float)
-        chosen = vlprune.plan(scores, wanted, allocation, min_units=min_units)
-    _show_plan(chosen)
-    small = vlprune.prune(dense, chosen)
+        small = _compress(
+            dense,
+            data,
+            metric,
+            _pairs(budget, "budget", float),
+            allocation=allocation,
+            strategies=tuple(strategies.split(",")),
+            steps=steps,
+            repaired=repaired,
+            min_units=min_units,
+            settings=_settings_of(metric, settings, seed),
+            options=_pairs(options, "with", _literal),
+        )
+    for made in record_of(small).plans:
+        _show_plan(made)
+    _show_repairs(record_of(small).repairs)
     vlprune.save_pretrained(small, to)
     error = record_of(small).relative_error
     out.print(f"achieved {count_params(small):,} params of {count_params(dense):,}")
@@ -435,14 +477,8 @@ def _score(
     import vlprune
 
     torch.manual_seed(seed)
-    options = {**_pairs(settings, "set", _literal), **(given or {})}
-    if not task and registry.METRICS[metric].needs != "nothing":
-        raise ValueError(
-            f"metric {metric!r} must be given a task; got none. Add --task scenes for a model that "
-            "reads scenes, or --task module:function for your own data."
-        )
-    if metric == "random":
-        options.setdefault("seed", seed)
+    options = {**_settings_of(metric, settings, seed), **(given or {})}
+    _check_task(metric, task)
     with _progress() as stage:
         return vlprune.score(
             model,
@@ -451,6 +487,43 @@ def _score(
             strategies=tuple(strategies.split(",")),
             progress=stage(metric),
             **options,
+        )
+
+
+def _settings_of(metric: str, settings: list[str], seed: int) -> dict[str, Any]:
+    """Settings of a metric as given; a random one takes the seed."""
+    return {**({"seed": seed} if metric == "random" else {}), **_pairs(settings, "set", _literal)}
+
+
+def _check_task(metric: str, task: Any) -> None:
+    if not task and registry.METRICS[metric].needs != "nothing":
+        raise ValueError(
+            f"metric {metric!r} must be given a task; got none. Add --task scenes for a model that "
+            "reads scenes, or --task module:function for your own data."
+        )
+
+
+def _compress(
+    dense: Any, data: Any, metric: str, budget: Mapping[str, float], **options: Any
+) -> Any:
+    """The whole chain, with a bar for every part."""
+    import vlprune
+
+    _check_task(metric, data)
+    with _progress() as stage:
+        return vlprune.compress(dense, data, budget, metric=metric, progress=stage, **options)
+
+
+def _show_repairs(repairs: Sequence[Any]) -> None:
+    """One line on what repair did."""
+    if repairs:
+        done = [repair for repair in repairs if repair.ridge is not None]
+        before, after = (
+            sum(getattr(r, side) for r in repairs) / len(repairs) for side in ("before", "after")
+        )
+        out.print(
+            f"repaired {len(done)} of {len(repairs)} layers; their error on held-out examples went "
+            f"from {before:.1%} to {after:.1%} of the variance"
         )
 
 

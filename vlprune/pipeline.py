@@ -35,6 +35,7 @@ from vlprune.pruner import (
     record_of,
     source_of,
 )
+from vlprune.recover.repair import repair
 from vlprune.registry import ALLOCATIONS, FAMILIES, METRICS, STRATEGIES
 from vlprune.store import from_pretrained
 
@@ -310,6 +311,82 @@ def prune(
         LawError: if masked and cut model disagree; the model is not returned.
     """
     return DependencyGraphPruner(model, example_inputs).prune(plan, verify=verify, inplace=inplace)
+
+
+def compress(
+    model: nn.Module,
+    task: Task,
+    budget: Mapping[str, float],
+    *,
+    metric: str = "reconstruction",
+    allocation: str = "global",
+    strategies: tuple[str, ...] = ("head", "ffn"),
+    steps: int = 1,
+    repaired: bool = True,
+    min_units: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    verify: bool = True,
+    progress: Callable[[str], Progress] | None = None,
+) -> nn.Module:
+    """Return a smaller `model`: scored, planned, cut and repaired, all at once or a bit at a time.
+
+    Args:
+        model: left as it was.
+        task: to score and repair on; no labels are used where it gives outputs.
+        budget: see `plan`.
+        metric: a name in the registry.
+        allocation: a name in the registry.
+        strategies: kinds of axes that may lose units.
+        steps: so often a part is cut, repaired and scored again; each keeps the same share of what
+            the one before it left.
+        repaired: solve what is left again after every cut (`repair`).
+        min_units: at least so many units stay on every axis.
+        settings: of the metric.
+        options: of the allocation.
+        verify: as of `prune`.
+        progress: called with a title, gives what is called with (done, total).
+
+    Raises:
+        BudgetError: if the budget cannot be met.
+        ValueError: if steps is below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}.")
+    inputs = _task_inputs(model, task)
+    anatomy = dissect(model, inputs).select(strategies)
+    dense, limits = dense_cost(anatomy), absolute_budget(anatomy, budget)
+    small = model
+    for step in range(1, steps + 1):
+        part = {
+            name: round(getattr(dense, name) * (limit / getattr(dense, name)) ** (step / steps))
+            for name, limit in limits.items()
+        }
+        if step > 1:
+            anatomy = dissect(small, inputs).select(strategies)
+        tell = progress(f"{metric} {step}/{steps}") if progress else None
+        scores = score(
+            small,
+            metric,
+            task,
+            anatomy=anatomy,
+            strategies=strategies,
+            progress=tell,
+            **(settings or {}),
+        )
+        chosen = plan(
+            scores,
+            limits if step == steps else part,
+            allocation,
+            min_units=min_units,
+            **(options or {}),
+        )
+        if repaired:
+            tell = progress(f"repair {step}/{steps}") if progress else None
+            small = repair(small, chosen, task, anatomy=anatomy, verify=verify, progress=tell)
+        else:
+            small = prune(small, chosen, inputs, verify=verify)
+    return small
 
 
 def verify(dense: nn.Module, small: nn.Module, example_inputs: Inputs | None = None) -> float:
