@@ -91,6 +91,14 @@ def key_of(model: nn.Module, batches: Iterable[Any], settings: Mapping[str, Any]
     return digest.hexdigest()
 
 
+def content_of(batch: Any) -> str:
+    """Return a hash of all tensors of a batch."""
+    digest = hashlib.blake2b(digest_size=12)
+    for tensor in tensors_of(batch):
+        _feed(digest, tensor)
+    return digest.hexdigest()
+
+
 def _feed(digest: Any, tensor: Tensor) -> None:
     digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -10,17 +10,18 @@ Source: MoPE-CLIP (2403.07839), section 3.3; weights as in a public re-implement
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprune.calls import tensors_of
 from vlprune.pruner import record_of
+from vlprune.recover.finetune import Training, fit
+from vlprune.recover.losses import FeatureMSE, SoftCrossEntropy
+from vlprune.recover.teacher import Teacher
 from vlprune.tasks.retrieval import Retrieval
 
 
@@ -62,7 +63,7 @@ def layer_pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]
 
 def distillation_loss(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | Teacher,
     task: Retrieval,
     batch: tuple[Tensor, Tensor],
     weights: Weights = Weights(),
@@ -73,24 +74,63 @@ def distillation_loss(
     task: symmetric InfoNCE. similarity: cross entropy of the student's similarity rows to the
     teacher's, both ways. features: mean squared error of features of length 1. hidden: mean squared
     error of what paired layers hand on, mean over layers.
+
+    Args:
+        student: trained.
+        teacher: the model that it was cut from, or its answers (`teacher_of`).
+        task: gives features and logits.
+        batch: of it.
+        weights: of the parts.
+        pairs: layers that belong together; default: `layer_pairs`, for which the teacher must be a
+            module.
     """
-    pairs = layer_pairs(student, teacher) if pairs is None else pairs
-    if not weights.hidden:
-        pairs = []
-    with torch.no_grad(), _listening(teacher, [path for _, path in pairs]) as wanted:
-        expected = task.outputs(teacher, batch)
-        before = task.logits(teacher, expected)
+    if not isinstance(teacher, Teacher):
+        pairs = layer_pairs(student, teacher) if pairs is None else pairs
+        teacher = teacher_of(teacher, task, pairs if weights.hidden else [], limit=0)
+    pairs = pairs if pairs and weights.hidden else []
+    expected = teacher(batch)
     with _listening(student, [path for path, _ in pairs]) as heard:
         outputs = task.outputs(student, batch)
     logits = task.logits(student, outputs)
-    loss = weights.task * task.losses(student, outputs, task.targets(batch)).mean()
-    rows = zip(before, logits, strict=True)
-    similarity = [-(a.softmax(-1) * b.log_softmax(-1)).sum(-1).mean() for a, b in rows]
-    loss = loss + weights.similarity * torch.stack(similarity).mean()
-    features = [F.mse_loss(a, b) for a, b in zip(outputs, expected, strict=True)]
-    loss = loss + weights.features * torch.stack(features).mean()
-    hidden = [F.mse_loss(heard[a], wanted[b]) for a, b in pairs if a in heard and b in wanted]
-    return loss + weights.hidden * torch.stack(hidden).mean() if hidden else loss
+    both = range(len(outputs))
+    loss: Tensor = weights.task * task.losses(student, outputs, task.targets(batch)).mean()
+    before = [expected[f"logits.{i}"] for i in range(len(logits))]
+    loss = loss + weights.similarity * SoftCrossEntropy()(logits, before)
+    features = FeatureMSE()(outputs, [expected[f"output.{i}"] for i in both])
+    loss = loss + weights.features * features
+    hidden = [(heard[a], expected[b]) for a, b in pairs if a in heard and b in expected]
+    if hidden:
+        loss = loss + weights.hidden * FeatureMSE()(*zip(*hidden, strict=True))
+    return loss
+
+
+def teacher_of(
+    model: nn.Module,
+    task: Retrieval,
+    pairs: list[tuple[str, str]],
+    *,
+    folder: str | Path | None = None,
+    limit: int = 2 * 2**30,
+) -> Teacher:
+    """Return what a teacher gives for each batch: outputs, logits, hidden states of paired layers.
+
+    Args:
+        model: the teacher.
+        task: gives outputs and logits.
+        pairs: (student path, teacher path).
+        folder: where answers are kept; None: in memory.
+        limit: bytes of them.
+    """
+    paths = [path for _, path in pairs]
+
+    def answer(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        with _listening(model, paths) as heard:
+            outputs = task.outputs(model, batch)
+        found = {f"output.{i}": t for i, t in enumerate(outputs)}
+        found |= {f"logits.{i}": t for i, t in enumerate(task.logits(model, outputs))}
+        return found | heard
+
+    return Teacher(model, answer, folder=folder, limit=limit, settings={"hidden": paths})
 
 
 @contextmanager
@@ -118,51 +158,46 @@ def distil(
     task: Retrieval,
     *,
     epochs: int = 1,
-    lr: float = 2e-5,
-    weight_decay: float = 3e-4,
-    warm_up: float = 0.1,
     weights: Weights = Weights(),
+    training: Training | None = None,
+    folder: str | Path | None = None,
+    cache: str | Path | None = None,
+    cache_limit: int = 2 * 2**30,
     progress: Callable[[int, float], None] | None = None,
+    **settings: Any,
 ) -> nn.Module:
     """Train `student` in place on the batches of a task, and return it in eval mode.
 
-    AdamW, linear warm-up over the share `warm_up` of the steps, then a cosine to zero; gradients
-    clipped to norm 1. One process, one device, no autocast.
-
     Args:
-        student: as `prune` returned it.
+        student: as `prune` or `repair` returned it.
         teacher: the model that it was cut from; not trained.
-        task: its batches are gone through `epochs` times.
-        epochs: how often all batches are seen.
-        lr: of AdamW, at its highest.
-        weight_decay: of AdamW.
-        warm_up: share of the steps in which the rate rises.
+        task: its batches are gone through again and again.
+        epochs: how often all batches are seen, where `training` does not say how many steps.
         weights: of the parts of the loss.
+        training: how, see `finetune.fit`; default: `epochs` and `settings` of it.
+        folder: for states, to go on from where it was stopped.
+        cache: folder for what the teacher gives; default: memory.
+        cache_limit: bytes of that; 0 computes it in every epoch.
         progress: called with (step, loss).
+        settings: of `Training`: lr, weight_decay, warm_up, precision, ...
     """
-    batches = list(task.batches())
-    total = epochs * len(batches)
-    rise = max(int(warm_up * total), 1)
-    optimiser = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=weight_decay)
+    if training is None:
+        count = sum(1 for _ in task.batches()) if "steps" not in settings else 0
+        training = Training(**{"steps": max(epochs * count, 1), **settings})
+    pairs = layer_pairs(student, teacher) if weights.hidden else []
+    answers = teacher_of(teacher, task, pairs, folder=cache, limit=cache_limit)
 
-    def rate(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(total - rise, 1)))
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return distillation_loss(model, answers, task, batch, weights, pairs)
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
-    pairs = layer_pairs(student, teacher)
-    teacher.eval()
-    student.train()
-    for step in range(total):
-        loss = distillation_loss(
-            student, teacher, task, batches[step % len(batches)], weights, pairs
-        )
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        if progress is not None:
-            progress(step + 1, float(loss.detach()))
-    return student.eval()
+    return fit(student, loss, _Batches(task), training, folder=folder, progress=progress)
+
+
+class _Batches:
+    """A task's batches, again and again."""
+
+    def __init__(self, task: Retrieval):
+        self._task = task
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from self._task.batches()
