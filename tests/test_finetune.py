@@ -179,7 +179,7 @@ def test_two_ranks_train_as_one_that_accumulates(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "29617", str(script), str(tmp_path), str(Path(__file__).parent)]
+    command += ["--standalone", str(script), str(tmp_path), str(Path(__file__).parent)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     subprocess.run(command, check=True, env=environment, timeout=240, capture_output=True)
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
