@@ -1,4 +1,4 @@
-"""Isomorphic, knapsack, and choosing within an axis by other scores."""
+"""Isomorphic, measured, knapsack, and choosing within an axis by other scores."""
 
 import itertools
 import random
@@ -8,7 +8,7 @@ import pytest
 from conftest import dissected
 
 import vlprune
-from vlprune.errors import BudgetError
+from vlprune.errors import BudgetError, PlanError
 
 
 def scored(
@@ -151,3 +151,32 @@ def test_how_many_by_one_score_and_which_by_another() -> None:
         assert len(one.keep) == len(other.keep)
         assert set(np.argsort(-values)[: len(one.keep)].tolist()) == set(other.keep)
     assert any(a.keep != b.keep for a, b in zip(plan.rows, both.rows, strict=True))
+
+
+def test_a_measured_curve_says_how_many_and_scores_which() -> None:
+    scores, drawn = scored(seed=0), scored(seed=1)
+    first = scores.anatomy.axes[0].name
+    curves = {  # the first axis can spare all but two, the others nothing
+        name: tuple(
+            1e-6 if name == first and u < len(row) - 2 else 10.0 + u for u, _ in enumerate(row)
+        )
+        for name, row in drawn.values.items()
+    }
+    curved = vlprune.Scores(anatomy=scores.anatomy, values=curves, metric="curves")
+    axis = scores.anatomy.axes[0]
+    two = tuple(range(axis.units - 2, axis.units))
+    params = vlprune.price(scores.anatomy, {first: two}).params
+    plan = vlprune.plan(scores, {"params": params}, "measured", curves=curved)
+    order = np.argsort(scores.values[first])
+    assert plan.keep[first] == tuple(sorted(order[-2:].tolist()))
+    assert all(row.removed == () for row in plan.rows if row.axis.name != first)
+    assert plan.made_by["curves"] == "curves"
+    alone = vlprune.plan(curved, {"params": params}, "measured")
+    assert alone.keep == vlprune.plan(curved, {"params": params}, "global").keep
+    few = vlprune.Scores(
+        anatomy=scores.anatomy.select(("head",)),
+        values={name: row for name, row in curves.items() if name.endswith("head")},
+        metric="curves",
+    )
+    with pytest.raises(PlanError, match="must have a curve"):
+        vlprune.plan(scores, {"params": 0.5}, "measured", curves=few)

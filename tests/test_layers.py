@@ -87,6 +87,7 @@ FOLDERS = {  # folders that are no plug-ins: rank inside of them
         "finetune": 0,
         "losses": 0,
         "projections": 0,
+        "queries": 0,
         "stepping": 0,
         "streams": 0,
         "teacher": 0,

@@ -83,13 +83,14 @@ def task_of(name: str, model: nn.Module) -> Retrieval | CallableTask:
 
 @torch.no_grad()
 def with_copies(
-    model: nn.Module, anatomy: vlprune.Anatomy
+    model: nn.Module, anatomy: vlprune.Anatomy, kinds: tuple[str, ...] = ("head", "ffn")
 ) -> tuple[nn.Module, dict[str, tuple[int, ...]]]:
     """The model with units that do what unit 0 does (their consumers differ), and who stays."""
     model = clone(model)
     keep = {}
-    for axis in anatomy.select(("head", "ffn")).axes:
-        consumers = {f"{path}.weight" for path in axis.gate.modules}
+    for axis in anatomy.select(kinds).axes:
+        reads = axis.gate.modules if axis.gate.kind == "input" else ()
+        consumers = {f"{path}.weight" for path in reads}
         copies = tuple(range(axis.units * 2 // 3, axis.units))
         state = dict(model.named_parameters())
         for site in axis.sites:
@@ -114,6 +115,25 @@ def test_copies_of_what_stays_are_made_up_for_exactly(name: str) -> None:
     assert far(small, model, fresh) < 2e-3
     assert small.state_dict().keys() == cut.state_dict().keys()
     assert record_of(small).repairs
+
+
+@pytest.mark.parametrize("kind", ["head_dim", "head_dim_per_head"])
+@pytest.mark.parametrize("name", ["open_clip", "deit", "hf_clip", "BlipForImageTextRetrieval"])
+def test_dimensions_that_are_copies_are_made_up_for(name: str, kind: str) -> None:
+    original, anatomy = dissected(name)
+    model, keep = with_copies(original, anatomy, (kind,))
+    if not keep:
+        pytest.skip("no such dimensions")
+    sides = (".qk", ".v") if kind == "head_dim" else (".qk",)
+    for side in sides:
+        part = {axis: units for axis, units in keep.items() if f"{kind}{side}" in axis}
+        plan = vlprune.make_plan(anatomy, part)
+        small = vlprune.repair(model, plan, task_of(name, model), ridges=(1e-9,), outputs=False)
+        fresh = inputs_of_size(model, 5, seed=9)
+        before = far(vlprune.prune(model, plan, verify=False), model, fresh)
+        assert before > 0.01
+        assert far(small, model, fresh) < 0.05 * before
+        assert any(repair.ridge is not None for repair in record_of(small).repairs)
 
 
 @pytest.mark.parametrize("name", list(zoo.MAKERS))

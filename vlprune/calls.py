@@ -61,15 +61,24 @@ def run(model: nn.Module, call: Call) -> Any:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return `value` with every tensor in tuples, lists and mappings replaced."""
+    """Return `value` with every tensor replaced, as `tensors_of` goes.
+
+    Tuples, lists and dataclasses (outputs of transformers among them) keep their class; other
+    mappings become plain dicts.
+    """
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, Call):
-        return Call(map_tensors(value.args, function), map_tensors(value.kwargs, function))
     if isinstance(value, Mapping):
-        return {key: map_tensors(entry, function) for key, entry in value.items()}
+        values = {key: map_tensors(entry, function) for key, entry in value.items()}
+        return type(value)(**values) if dataclasses.is_dataclass(value) else values
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(entry, function) for entry in value))
     if isinstance(value, (tuple, list)):
         return type(value)(map_tensors(entry, function) for entry in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        changed = {name: map_tensors(getattr(value, name), function) for name in names}
+        return dataclasses.replace(value, **changed)
     return value
 
 

@@ -262,7 +262,7 @@ def plan(
             "allocation": allocation,
             "min_units": min_units,
             **({} if within is None else {"within": within.metric}),
-            **options,
+            **{k: v.metric if isinstance(v, Scores) else v for k, v in options.items()},
         },
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprune.ablation.removals import Removal, by_block, stack_of, watched_modules
-from vlprune.ablation.replay import Handed, Key, Recording, Replayer, equal_answers, mapped
+from vlprune.ablation.replay import Handed, Key, Recording, Replayer, equal_answers
 from vlprune.ablation.trimming import Trimming
 from vlprune.anatomy import Anatomy, Axis, under
 from vlprune.calls import map_tensors, tensors_of
@@ -266,7 +266,7 @@ class Ablations:
 
         def answer() -> Any:
             made = iter([module(torch.cat([x] * copies) if copies > 1 else x), *tensors[1:]])
-            return mapped(whole, lambda _: next(made))
+            return map_tensors(whole, lambda _: next(made))
 
         return {(axis.path, 0): answer}
 

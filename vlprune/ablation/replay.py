@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from vlprune.calls import tensors_of
+from vlprune.calls import map_tensors, tensors_of
 
 Key: TypeAlias = tuple[str, int]  # module path, number of the call in one forward
 
@@ -217,10 +217,10 @@ class Replayer:
             answer = type(module).forward(module, *args, **kwargs)
             self._recording.ends[key] = self._tick()
             self._open.pop()
-            kept = mapped(answer, torch.clone) if key in self._mutated else answer
+            kept = map_tensors(answer, torch.clone) if key in self._mutated else answer
             self._recording.answers[key] = kept
             self._versions[key] = tuple(t._version for t in tensors_of(kept))
-            return mapped(answer, _with_noise) if path == self._disturbed else answer
+            return map_tensors(answer, _with_noise) if path == self._disturbed else answer
 
         return forward
 
@@ -231,7 +231,7 @@ class Replayer:
     def _copy(self, key: Key, answer: Any) -> Any:
         """What is handed out: the answer itself, a clone, or repeated for every copy."""
         if self.copies == 1:
-            return mapped(answer, torch.clone) if key in self._mutated else answer
+            return map_tensors(answer, torch.clone) if key in self._mutated else answer
         flags = iter(self._repeats[key])
 
         def repeated(tensor: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class Replayer:
                 return tensor.clone() if key in self._mutated else tensor
             return torch.cat([tensor] * self.copies)
 
-        return mapped(answer, repeated)
+        return map_tensors(answer, repeated)
 
 
 def _version(recording: Recording, key: Key) -> tuple[int, ...]:
@@ -256,24 +256,6 @@ def equal_answers(one: Any, other: Any) -> bool:
     return len(ones) == len(others) and all(
         a.shape == b.shape and torch.equal(a, b) for a, b in zip(ones, others, strict=True)
     )
-
-
-def mapped(answer: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return an answer of the same classes with every tensor replaced, as `tensors_of` goes."""
-    if isinstance(answer, Tensor):
-        return function(answer)
-    if isinstance(answer, Mapping):
-        values = {key: mapped(value, function) for key, value in answer.items()}
-        return values if type(answer) is dict else type(answer)(**values)
-    if isinstance(answer, tuple) and hasattr(answer, "_fields"):
-        return type(answer)(*(mapped(value, function) for value in answer))
-    if isinstance(answer, (tuple, list)):
-        return type(answer)(mapped(value, function) for value in answer)
-    if dataclasses.is_dataclass(answer) and not isinstance(answer, type):
-        names = [field.name for field in dataclasses.fields(answer)]
-        changed = {name: mapped(getattr(answer, name), function) for name in names}
-        return dataclasses.replace(answer, **changed)
-    return answer
 
 
 def _with_noise(tensor: Tensor) -> Tensor:

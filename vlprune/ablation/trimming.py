@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vlprune.ablation.replay import Recording, mapped
+from vlprune.ablation.replay import Recording
 from vlprune.calls import map_tensors, tensors_of
 
 _WORTH = 0.9  # of the tokens: what saves less is left
@@ -106,7 +106,7 @@ class Trimming:
                 is_sequence = tensor.dim() == 3 and tensor.shape[1] == few
                 return F.pad(tensor, (0, 0, 0, tokens - few)) if is_sequence else tensor
 
-            return mapped(output, filled)
+            return map_tensors(output, filled)
 
         return hook
 

@@ -1,10 +1,12 @@
 """Repair: what is left of a layer learns to stand in for what went, in closed form, no training.
 
-A removed head or neuron leaves its consumer (the attention's output projection, the second matrix
-of an FFN) with fewer inputs. Its weights and bias are solved again by ridge regression, so that the
-residual stream behind it is what it is in the dense model: layer after layer, each fed by what the
-repaired ones before it give, in one pass over the data. Where a whole layer went, the consumer
-before it aims at the stream behind it. Last, the outputs are mapped back onto the dense ones.
+A removed head, neuron or value dimension leaves its consumer (the attention's output projection,
+the second matrix of an FFN) with fewer inputs. Its weights and bias are solved again by ridge
+regression, so that the residual stream behind it is what it is in the dense model: layer after
+layer, each fed by what the repaired ones before it give, in one pass over the data. Where a whole
+layer went, the consumer before it aims at the stream behind it. Dimensions of queries and keys are
+folded into those that stay first (`queries.py`); last, the outputs are mapped back onto the dense
+ones.
 
 Source: the regression is that of GRAIL and CORP with means and bias (METHODS 5.9); fed by the
 already repaired model as in Kwon et al., NeurIPS 2022 (2204.09656). That the stream, not the
@@ -46,6 +48,7 @@ from vlprune.moments import Linear, Moments
 from vlprune.plan import Plan, PlanRow
 from vlprune.pruner import DependencyGraphPruner, Repair, attach_record, check_fits, record_of
 from vlprune.recover.projections import find_projection, fold
+from vlprune.recover.queries import repair_queries
 from vlprune.recover.stepping import Stepper
 from vlprune.recover.streams import Place, Stream, find_streams, watching
 
@@ -139,6 +142,8 @@ def repair(
         if sensitivity:
             job.feel()
         with torch.no_grad():
+            queries = repair_queries(model, student, rows, job.gone, job.forward, batches)
+            job.report |= {repair.module: repair for repair in queries}
             job.solve_all(sequential, progress)
             if outputs:
                 job.align()
@@ -202,6 +207,7 @@ class _Repair:
         runner = self.student if sequential else self.model
         with self._forwards(self.model, "out") as dense, self._forwards(runner, "in") as runs:
             waiting: list[_Stop | None] = [run.step() for run in runs]
+            solved: set[str] = set()
             while any(waiting):
                 key = next(stop.key for stop in waiting if stop is not None)
                 consumer = self.consumers[key[0]]
@@ -213,8 +219,9 @@ class _Repair:
                     self._solve(consumer)
                 for number in here:
                     waiting[number] = runs[number].step()
+                solved.add(consumer.path)
                 if progress is not None:
-                    progress(len(self.report), len(self.consumers))
+                    progress(len(solved), len(self.consumers))
             for run in dense:
                 while run.step() is not None:
                     pass
