@@ -156,3 +156,24 @@ def test_ablations_on_a_gpu_equal_those_on_the_cpu() -> None:
         )
         for name, row in a.values.items():
             assert b.values[name] == pytest.approx(row, rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.gpu
+def test_repair_on_a_gpu_equals_that_on_the_cpu() -> None:
+    from test_repair import pairs
+
+    model, anatomy = dissected("open_clip")
+    task = pairs()
+    there = copy.deepcopy(model).to(CUDA)
+    kinds = ("head", "ffn", "layer")
+    scores = [
+        vlprune.score(m, "reconstruction", task, anatomy=anatomy, strategies=kinds)
+        for m in (model, there)
+    ]
+    for name, row in scores[0].values.items():
+        assert scores[1].values[name] == pytest.approx(row, rel=1e-2, abs=1e-6), name
+    plan = vlprune.plan(scores[0], {"params": 0.7})
+    small, other = (vlprune.repair(m, plan, task, anatomy=anatomy) for m in (model, there))
+    assert all(p.device.type == "cuda" for p in other.parameters())
+    for (name, a), b in zip(small.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b.cpu(), rtol=1e-2, atol=1e-3, msg=name)

@@ -193,6 +193,30 @@ def test_a_removed_layer_is_stood_in_for_by_the_consumer_before_it() -> None:
     )
 
 
+@pytest.mark.parametrize("half", ["ffn", "attention"])
+def test_a_removed_half_is_stood_in_for_too(half: str) -> None:
+    model, anatomy = dissected("deit")
+    (axis,) = (a for a in anatomy.axes if a.name == f"blocks:sublayer.{half}")
+    model = clone(model)
+    last = model.blocks[2].mlp.fc2 if half == "ffn" else model.blocks[1].attn.proj
+    with torch.no_grad():  # a half that adds a constant
+        last.weight.zero_()
+        last.bias.mul_(20)
+    keep = tuple(unit for unit in range(3) if unit != (2 if half == "ffn" else 1))
+    rows = {a.name: tuple(range(a.units)) for a in anatomy.select(("head", "ffn")).axes}
+    plan = vlprune.make_plan(anatomy, {axis.name: keep, **rows})
+    task = task_of("deit", model)
+    small = vlprune.repair(model, plan, task, ridges=(1e-9,), outputs=False)
+    fresh = inputs_of_size(model, 5, seed=9)
+    assert far(vlprune.prune(model, plan, verify=False), model, fresh) > 0.1
+    if half == "ffn":  # the attention before it aims behind it
+        assert far(small, model, fresh) < 1e-4
+    else:  # the FFN after it aims at the stream
+        assert far(small, model, fresh) < 0.6 * far(
+            vlprune.prune(model, plan, verify=False), model, fresh
+        )
+
+
 @pytest.mark.parametrize("name", list(zoo.MAKERS))
 def test_every_consumer_has_a_stream(name: str) -> None:
     model, anatomy = dissected(name)

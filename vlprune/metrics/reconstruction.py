@@ -190,8 +190,9 @@ class Reconstruction(AxisMetric):
         if path not in self._moments:
             return torch.zeros((), dtype=torch.float64)
         moments = self._moments[path]
-        root = self._root(path, len(moments.covariance()))
-        return (root.T @ moments.covariance() @ root).trace() * moments.total
+        covariance = moments.covariance()
+        root = self._root(path, len(covariance)).to(covariance.device)
+        return (root.T @ covariance @ root).trace().cpu() * moments.total
 
     def _errors(self, axis: Axis) -> Tensor:
         """Errors [units] over all rows, units removed one after the other."""

@@ -96,16 +96,23 @@ def _stream_around(seen: list[_Seen], index: int, removed: frozenset[str]) -> St
 
 def _followed(seen: list[_Seen], at: int, removed: frozenset[str]) -> int:
     """Where the stream seen[at] has got to behind removed modules that follow it at once."""
+    stream = seen[at]
     for index in range(at, len(seen)):
         event = seen[index]
         path, side, call, _ = event.place
-        if path not in removed or side != "in" or event.width != seen[at].width:
+        if path not in removed or event.width != stream.width:
             continue
-        if not _same(event.rows, seen[at].rows):
-            continue
-        for out in range(index + 1, len(seen)):
-            if seen[out].place[:3] == (path, "out", call) and seen[out].width == event.width:
-                return _followed(seen, out, removed)
+        if side == "in" and _same(event.rows, stream.rows):  # a layer: its answer is the stream
+            for out in range(index + 1, len(seen)):
+                if seen[out].place[:3] == (path, "out", call) and seen[out].width == event.width:
+                    return _followed(seen, out, removed)
+        if side == "out" and index > at:  # a half: its answer is added to the stream
+            for later in range(index + 1, len(seen)):
+                if seen[later].width == stream.width and any(
+                    _sum_of(seen[later].rows, stream.rows, event.rows, scaled) is not None
+                    for scaled in (False, True)
+                ):
+                    return _followed(seen, later, removed)
     return at
 
 

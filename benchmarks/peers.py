@@ -1,0 +1,166 @@
+"""torch-pruning's own importances on the same trained CLIP, at equal parameters.
+
+`python benchmarks/peers.py --scenes 10000` rewrites the weights of scenes-clip into transformers'
+CLIPModel, whose heads torch-pruning can prune (of open_clip's it prunes none), checks that features
+agree, and cuts heads and neurons by its magnitude and Taylor importance, each layer the same share
+(its global ranking empties layers and then fails). Printed beside it: this package on the same
+model, at the same number of parameters, cut, and cut and repaired.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import warnings
+from typing import Any
+
+import torch
+import torch_pruning as tp
+import transformers
+from torch import nn
+
+import vlprune
+from vlprune.cost import count_params
+from vlprune.tasks import Retrieval
+from vlprune.tasks.scenes import loader
+
+NAMES = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--scenes", type=int, default=10_000)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    source = vlprune.create_model("scenes-clip").eval()
+    model = as_transformers(source)
+    test = Retrieval(list(loader("test", arguments.scenes, 7, 500)))
+    calibration = Retrieval(list(loader("train", 500, 1, 100)))
+    check_equal(source, model, calibration)
+    dense = test.measure(model)
+    print(f"dense {dense:.1f}, {count_params(model):,} params")
+    print(
+        "| prunable kept | torch-pruning magnitude | Taylor | params | reconstruction | repaired |"
+    )
+    print("|---|---|---|---|---|---|")
+    anatomy = vlprune.dissect(model, calibration.example_inputs(model)).select(("head", "ffn"))
+    scores = vlprune.score(model, "reconstruction", calibration, anatomy=anatomy)
+    for share in (0.5, 1 / 3):
+        cells = []
+        for importance in (
+            tp.importance.GroupMagnitudeImportance(p=2),
+            tp.importance.GroupTaylorImportance(),
+        ):
+            small = cut_by_torch_pruning(model, importance, share, calibration)
+            cells.append(f"{100 * test.measure(small) / dense:.1f} %")
+        params = count_params(small)
+        plan = vlprune.plan(scores, {"params": params})
+        ours = vlprune.prune(model, plan, verify=False)
+        repaired = vlprune.repair(model, plan, calibration, anatomy=anatomy, verify=False)
+        cells += [
+            f"{params:,}",
+            *(f"{100 * test.measure(m) / dense:.1f} %" for m in (ours, repaired)),
+        ]
+        print(f"| {share:.0%} | " + " | ".join(cells) + " |", flush=True)
+
+
+def as_transformers(source: Any) -> nn.Module:
+    """Return transformers' CLIPModel with the weights of open_clip's scenes-clip."""
+    shared = {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 6}
+    shared |= {"hidden_act": "gelu", "layer_norm_eps": 1e-5}
+    vision = {**shared, "num_hidden_layers": 6, "image_size": 96, "patch_size": 16}
+    text = {**shared, "num_hidden_layers": 4, "vocab_size": 22, "max_position_embeddings": 32}
+    text |= {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}  # 2: pooled at the largest id
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=96)
+    ).eval()
+    state = {"logit_scale": source.logit_scale}
+    state["visual_projection.weight"] = source.visual.proj.T
+    state["text_projection.weight"] = source.text_projection.T
+    visual = "vision_model.embeddings."
+    state[visual + "class_embedding"] = source.visual.class_embedding
+    state[visual + "position_embedding.weight"] = source.visual.positional_embedding
+    state[visual + "patch_embedding.weight"] = source.visual.conv1.weight
+    state["text_model.embeddings.token_embedding.weight"] = source.token_embedding.weight
+    state["text_model.embeddings.position_embedding.weight"] = source.positional_embedding
+    norms = {
+        "vision_model.pre_layrnorm": source.visual.ln_pre,
+        "vision_model.post_layernorm": source.visual.ln_post,
+        "text_model.final_layer_norm": source.ln_final,
+    }
+    for name, norm in norms.items():
+        state |= {f"{name}.{key}": value for key, value in norm.state_dict().items()}
+    for tower, stack in (
+        ("vision_model", source.visual.transformer),
+        ("text_model", source.transformer),
+    ):
+        for number, block in enumerate(stack.resblocks):
+            path = f"{tower}.encoder.layers.{number}"
+            for part in ("weight", "bias"):
+                rows = getattr(block.attn, f"in_proj_{part}").chunk(3)
+                for letter, row in zip("qkv", rows, strict=True):
+                    state[f"{path}.self_attn.{letter}_proj.{part}"] = row
+                for ours, theirs in NAMES.items():
+                    state[f"{path}.{theirs}.{part}"] = getattr(block.get_submodule(ours), part)
+    missing, unexpected = model.load_state_dict(
+        {name: t.detach().clone() for name, t in state.items()}, strict=False
+    )
+    assert not unexpected, unexpected
+    assert all(name.endswith("position_ids") for name in missing), missing
+    return model
+
+
+@torch.no_grad()
+def check_equal(source: nn.Module, model: nn.Module, task: Retrieval) -> None:
+    """Raise unless both models give the same features."""
+    batch = next(iter(task.batches()))
+    for one, other in zip(task.outputs(source, batch), task.outputs(model, batch), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def cut_by_torch_pruning(
+    model: nn.Module, importance: Any, share: float, task: Retrieval
+) -> nn.Module:
+    """Return a copy of which torch-pruning keeps a share of every layer's heads and neurons."""
+    small = copy.deepcopy(model)
+    inputs = task.example_inputs(small)
+    for batch in task.batches():  # gradients for Taylor
+        task.loss(small, batch).backward()
+    heads, ignored = {}, []
+    for name, module in small.named_modules():
+        if name.endswith(("q_proj", "k_proj", "v_proj")):
+            heads[module] = 6
+        elif isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) and not name.endswith("fc1"):
+            ignored.append(module)  # its width is that of the residual stream
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner = tp.pruner.BasePruner(
+            small,
+            inputs,
+            importance=importance,
+            pruning_ratio=1 - share,
+            num_heads=heads,
+            prune_num_heads=True,
+            prune_head_dims=False,
+            head_pruning_ratio=1 - share,
+            ignored_layers=ignored,
+            output_transform=lambda out: [out.logits_per_image, out.logits_per_text],
+        )
+        pruner.step()
+    for module in small.modules():
+        if hasattr(module, "q_proj"):
+            module.num_heads = pruner.num_heads[module.q_proj]
+            module.embed_dim = module.num_heads * module.head_dim
+    return small.eval()
+
+
+if __name__ == "__main__":
+    main()
