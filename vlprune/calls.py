@@ -8,13 +8,14 @@ list of such for a model with several forwards. Everything that calls a user's m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 _RECORDED = ("hidden_states", "attentions", "router_logits")
 
@@ -173,6 +174,16 @@ def all_float64() -> Iterator[None]:
     """Let all that a model makes on its way be float64: by default, and where it names float32."""
     with float64_default(), WideFloats():
         yield
+
+
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Take hooks off again when the block ends."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

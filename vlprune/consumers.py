@@ -74,6 +74,13 @@ class Consumer:
             self.bias.copy_(found.bias)
 
 
+def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
+    """Return the parameter called `name`, None where the name is a buffer's."""
+    owner, _, attribute = name.rpartition(".")
+    found = model.get_submodule(owner)._parameters.get(attribute)
+    return found
+
+
 def forward_of(task: Any) -> Forward:
     """Return how a task runs a model on a batch: its outputs, else its loss alone."""
     if is_example_task(task):

@@ -22,6 +22,7 @@ from vlprune.calls import (
     cast,
     float64_default,
     quiet_eval,
+    removing,
     run,
     tensors_of,
 )
@@ -195,12 +196,9 @@ def _trace(model: nn.Module, calls: Sequence[Call]) -> list[tuple[tuple[str, int
         return hook
 
     handles = [m.register_forward_hook(note(path)) for path, m in model.named_modules() if path]
-    try:
+    with removing(handles):
         for call in calls:
             run(model, call)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 

@@ -97,8 +97,7 @@ class Moments:
 
     def covariance(self) -> Tensor:
         """Return the covariance of the features [F, F], float64."""
-        x = self._x / self.total
-        return self._xx / self.total - torch.outer(x, x)
+        return self.about(None)[0]
 
     def about(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return moments of features and targets about their means, or about 0 and `bias`.
@@ -132,7 +131,7 @@ class Moments:
         start = prior.double()
         size = (ridge * xx.diagonal().mean()).clamp_min(1e-30)
         system = xx + size * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-        change = torch.linalg.solve(system, xt - xx @ start.T, left=True)
+        change = torch.linalg.solve(system, xt - xx @ start.T)
         weight = start + change.T
         if bias is None:
             mean_x, mean_t = self.means()

@@ -36,15 +36,18 @@ def ranks(scores: Scores, axis: str) -> Numbers:
     return rank
 
 
-def savings(anatomy: Anatomy, axis: Axis, resource: str) -> list[float]:
-    """Return what removing each unit alone saves; units of a sliced axis cost the same.
+def savings(anatomy: Anatomy, resource: str) -> dict[str, list[float]]:
+    """Return what removing each unit alone saves, by axis; units of a sliced axis cost the same.
 
     Args:
         anatomy: to price with.
-        axis: of it.
         resource: "params" or "macs".
     """
     dense = getattr(price(anatomy, {}), resource)
+    return {axis.name: _savings_of(anatomy, axis, dense, resource) for axis in anatomy.axes}
+
+
+def _savings_of(anatomy: Anatomy, axis: Axis, dense: int, resource: str) -> list[float]:
     units = range(axis.units)
     if axis.removal == "slice":
         few = units[axis.least :]

@@ -30,9 +30,9 @@ def global_ranking(
         BudgetError: if the budget cannot be met.
     """
     resource = "macs" if set(budget) == {"macs"} else "params"
+    saved = savings(scores.anatomy, resource)
     worth = [
-        np.asarray(scores.values[axis.name])
-        / np.maximum(savings(scores.anatomy, axis, resource), 1)
+        np.asarray(scores.values[axis.name]) / np.maximum(saved[axis.name], 1)
         for axis in scores.anatomy.axes
     ]
     return keep_within(scores, np.concatenate(worth), min_units, budget)

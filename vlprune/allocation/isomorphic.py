@@ -37,9 +37,10 @@ def isomorphic(
     axes = scores.anatomy.axes
     values = np.concatenate([np.asarray(scores.values[axis.name], dtype=float) for axis in axes])
     likeness: dict[tuple[str, float], list[int]] = collections.defaultdict(list)
+    sizes = savings(scores.anatomy, "params")
     start = 0
     for axis in axes:
-        size = savings(scores.anatomy, axis, "params")[0] if axis.units else 0
+        size = sizes[axis.name][0] if axis.units else 0
         likeness[axis.kind, size] += range(start, start + axis.units)
         start += axis.units
     shares = np.zeros(len(values))

@@ -22,7 +22,7 @@ import scipy.optimize
 from numpy.typing import NDArray
 
 from vlprune.allocation._ranking import savings
-from vlprune.anatomy import Anatomy, Axis
+from vlprune.anatomy import Anatomy
 from vlprune.cost import absolute_budget, fits, price
 from vlprune.errors import BudgetError
 from vlprune.plan import Scores
@@ -72,7 +72,8 @@ def knapsack(
     anatomy = scores.anatomy
     _check(anatomy, round_to, protect, towers or {})
     limits = absolute_budget(anatomy, budget)
-    blocks = list(_blocks(scores, min_units, round_to, protect))
+    prices = {name: savings(anatomy, name) for name in ("params", "macs")}
+    blocks = list(_blocks(scores, prices, min_units, round_to, protect))
     least = _keep(anatomy, blocks, np.zeros(len(blocks), dtype=bool))
     floor, dense = price(anatomy, least), price(anatomy, {})
     if not fits(floor, limits):
@@ -83,13 +84,8 @@ def knapsack(
         )
     room = {name: limit - getattr(floor, name) for name, limit in limits.items()}
     bounds = {
-        tower: share * sum(sum(savings(anatomy, a, "params")) for a in _of(anatomy, tower))
-        - sum(
-            cost
-            for axis in _of(anatomy, tower)
-            for unit, cost in enumerate(savings(anatomy, axis, "params"))
-            if unit in least[axis.name]
-        )
+        tower: share * sum(sum(prices["params"][name]) for name in _of(anatomy, tower))
+        - sum(prices["params"][name][u] for name in _of(anatomy, tower) for u in least[name])
         for tower, share in (towers or {}).items()
     }
     chosen = np.zeros(len(blocks), dtype=bool)
@@ -119,12 +115,16 @@ def _check(
             raise ValueError(f"protect must name axes; none starts with {name!r} in knapsack.")
 
 
-def _of(anatomy: Anatomy, tower: str) -> list[Axis]:
-    return [axis for axis in anatomy.axes if axis.tower == tower]
+def _of(anatomy: Anatomy, tower: str) -> list[str]:
+    return [axis.name for axis in anatomy.axes if axis.tower == tower]
 
 
 def _blocks(
-    scores: Scores, min_units: int, round_to: int, protect: tuple[str, ...]
+    scores: Scores,
+    prices: Mapping[str, Mapping[str, list[float]]],
+    min_units: int,
+    round_to: int,
+    protect: tuple[str, ...],
 ) -> Iterator[_Block]:
     """What may go, block by block; the best units of an axis that have to stay are in none."""
     top = max((abs(v) for row in scores.values.values() for v in row), default=0.0) or 1.0
@@ -133,7 +133,6 @@ def _blocks(
             continue
         values = np.asarray(scores.values[axis.name], dtype=float)
         order = np.argsort(-values, kind="stable")  # best first
-        prices = {name: savings(scores.anatomy, axis, name) for name in ("params", "macs")}
         size = round_to if axis.kind == "ffn" else 1
         stay = max(min_units, axis.least)
         stay = -(-stay // size) * size  # up to whole blocks
@@ -143,8 +142,8 @@ def _blocks(
                 axis=axis.name,
                 units=units,
                 worth=sum(max(values[unit] / top, 1e-9) for unit in units),
-                params=sum(prices["params"][unit] for unit in units),
-                macs=sum(prices["macs"][unit] for unit in units),
+                params=sum(prices["params"][axis.name][unit] for unit in units),
+                macs=sum(prices["macs"][axis.name][unit] for unit in units),
             )
 
 

@@ -42,12 +42,12 @@ def measured(
     """
     curves = scores if curves is None else curves
     resource = "macs" if set(budget) == {"macs"} else "params"
+    saved = savings(scores.anatomy, resource)
     worth = []
     for axis in scores.anatomy.axes:
         steps = curves.values.get(axis.name)
         if steps is None or len(steps) != axis.units:
             raise PlanError(f"axis {axis.name!r} must have a curve of {axis.units} units.")
         rising = np.sort(np.asarray(steps, dtype=float))  # the r-th to go adds the r-th least
-        saved = np.maximum(savings(scores.anatomy, axis, resource), 1)
-        worth.append(rising[ranks(scores, axis.name)] / saved)
+        worth.append(rising[ranks(scores, axis.name)] / np.maximum(saved[axis.name], 1))
     return keep_within(scores, np.concatenate(worth), min_units, budget)

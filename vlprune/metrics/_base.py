@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vlprune.anatomy import Anatomy, Axis
 from vlprune.calls import Inputs
+from vlprune.consumers import parameter_of
 from vlprune.dissect import dissect
 from vlprune.gates import Gates
 from vlprune.plan import Scores
@@ -114,10 +115,3 @@ def unit_norms(model: nn.Module, axis: Axis, p: int = 2) -> Tensor:
     """Return the p-norm [units] of all parameters of each unit of a sliced axis."""
     sums = [row.double().abs().pow(p).sum(1) for row in unit_weights(model, axis)]
     return torch.stack(sums).sum(0).pow(1 / p)
-
-
-def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
-    """Return the parameter called `name`, None where the name is a buffer's."""
-    owner, _, attribute = name.rpartition(".")
-    found = model.get_submodule(owner)._parameters.get(attribute)
-    return found

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from vlprune.anatomy import Axis
+from vlprune.consumers import parameter_of
 from vlprune.contracts import Needs
 from vlprune.gates import Gates
-from vlprune.metrics._base import AxisMetric, parameter_of
+from vlprune.metrics._base import AxisMetric
 from vlprune.plan import Scores
 from vlprune.registry import METRICS
 

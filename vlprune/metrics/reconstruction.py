@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprune.anatomy import Anatomy, Axis
-from vlprune.calls import tensors_of
+from vlprune.calls import removing, tensors_of
 from vlprune.consumers import Additions, Consumer, Key, consumers_of, output_gradients
 from vlprune.contracts import Needs
 from vlprune.gates import Gates
@@ -143,11 +143,8 @@ class Reconstruction(AxisMetric):
             return lambda module, args: self._see(consumer.path, consumer.rows(args[0]))
 
         handles = [c.module.register_forward_pre_hook(hook(c)) for c in self._consumers.values()]
-        try:
+        with removing(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _see(self, path: str, rows: Tensor) -> None:
         self._seen[path, self._calls[path]] = rows

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlprune.calls import tensors_of
+from vlprune.calls import removing, tensors_of
 from vlprune.pruner import record_of
 from vlprune.recover.finetune import Training, fit
 from vlprune.recover.losses import FeatureMSE, SoftCrossEntropy
@@ -145,11 +145,8 @@ def _listening(model: nn.Module, paths: list[str]) -> Iterator[dict[str, Tensor]
         return listen
 
     handles = [model.get_submodule(p).register_forward_hook(hook(p)) for p in dict.fromkeys(paths)]
-    try:
+    with removing(handles):
         yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def distil(

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlprune.anatomy import Axis, Site, under
-from vlprune.calls import first_tensor, tensors_of
+from vlprune.anatomy import Site, under
+from vlprune.calls import first_tensor, removing, tensors_of
+from vlprune.consumers import Forward, parameter_of
 from vlprune.moments import Moments
 from vlprune.plan import PlanRow
 from vlprune.pruner import Repair
@@ -35,10 +36,9 @@ _HELD_OUT = 5  # the last one in so many batches says whether it helps
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Pair:
-    """The rows of queries and keys of one axis, and which of its dimensions stay."""
+    """The rows of queries and keys of an axis of which some dimensions go."""
 
-    axis: Axis
-    keep: tuple[int, ...]
+    row: PlanRow
     query: Site
     key: Site
 
@@ -48,7 +48,7 @@ def repair_queries(
     student: nn.Module,
     rows: Iterable[PlanRow],
     gone: Sequence[str],
-    forward: Callable[[nn.Module, Any], tuple[Tensor, ...]],
+    forward: Forward,
     batches: Sequence[Any],
 ) -> list[Repair]:
     """Fold removed dimensions into the queries of `student`, in place; return what was done.
@@ -62,14 +62,14 @@ def repair_queries(
         batches: of a task.
     """
     pairs = [pair for pair in map(_pair_of, rows) if pair is not None]
-    pairs = [pair for pair in pairs if not any(under(pair.axis.path, path) for path in gone)]
+    pairs = [pair for pair in pairs if not any(under(pair.row.axis.path, path) for path in gone)]
     if not pairs:
         return []
     left_out = max(len(batches) // _HELD_OUT, 1)
     fitted = batches[:-left_out] or batches
     moments = _input_moments(model, pairs, forward, fitted)
     checked = batches[-left_out:]
-    wanted = _answers(model, [pair.axis.path for pair in pairs], forward, checked)
+    wanted = _answers(model, [pair.row.axis.path for pair in pairs], forward, checked)
 
     def error(path: str) -> float:
         (found,) = _answers(student, [path], forward, checked).values()
@@ -79,13 +79,18 @@ def repair_queries(
 
     report = []
     for pair in pairs:
-        before = error(pair.axis.path)
-        tensors = [t for name in _names(pair.query) if (t := _parameter(student, name)) is not None]
+        path = pair.row.axis.path
+        before = error(path)
+        sides = _sides(student, pair, moments)
+        found = [parameter_of(student, name) for name in _names(pair.query)]
+        tensors = [tensor for tensor in found if tensor is not None]
         best, ridge, rows_of_best = before, None, [t.clone() for t in tensors]
         kept = [t.clone() for t in tensors]
         for candidate in _RIDGES:
-            _fold(student, pair, moments, candidate)
-            after = error(pair.axis.path)
+            if sides is None:
+                break
+            _fold(tensors, pair, sides, candidate)
+            after = error(path)
             if after < best:
                 best, ridge, rows_of_best = after, candidate, [t.clone() for t in tensors]
             _write(tensors, kept)
@@ -93,8 +98,8 @@ def repair_queries(
         report.append(
             Repair(
                 module=pair.query.tensor,
-                kept=len(pair.keep) * pair.query.size,
-                of=pair.axis.units * pair.query.size,
+                kept=len(pair.row.keep) * pair.query.size,
+                of=pair.row.axis.units * pair.query.size,
                 before=before,
                 after=best,
                 ridge=ridge,
@@ -123,7 +128,7 @@ def _pair_of(row: PlanRow) -> _Pair | None:
     ]
     if len(keys) != 1 or (keys[0].repeats, keys[0].block) != (query.repeats, query.block):
         return None  # keys that several heads of queries share
-    return _Pair(axis=axis, keep=row.keep, query=query, key=keys[0])
+    return _Pair(row=row, query=query, key=keys[0])
 
 
 def _names(site: Site) -> tuple[str, str]:
@@ -131,15 +136,9 @@ def _names(site: Site) -> tuple[str, str]:
     return site.tensor, site.tensor.removesuffix("weight") + "bias"
 
 
-def _parameter(model: nn.Module, name: str) -> Tensor | None:
-    owner, _, attribute = name.rpartition(".")
-    found = getattr(model.get_submodule(owner), attribute, None)
-    return found.data if isinstance(found, Tensor) else None
-
-
 def _projected(model: nn.Module, site: Site, moments: Moments) -> tuple[Tensor, Tensor]:
     """Mean [rows] and covariance [rows, rows] of what a weight's rows answer."""
-    weight, bias = (_parameter(model, name) for name in _names(site))
+    weight, bias = (parameter_of(model, name) for name in _names(site))
     assert weight is not None
     matrix = weight.double()
     mean = matrix @ moments.means()[0]
@@ -148,30 +147,32 @@ def _projected(model: nn.Module, site: Site, moments: Moments) -> tuple[Tensor, 
     return mean, matrix @ moments.covariance() @ matrix.T
 
 
+def _sides(
+    student: nn.Module, pair: _Pair, moments: dict[tuple[str, str], Moments]
+) -> tuple[Tensor, Tensor] | None:
+    """Second moments of queries and covariance of keys [rows, rows]; None where they never ran."""
+    query = moments.get((pair.query.tensor, "query"))
+    key = moments.get((pair.key.tensor, "key"))
+    if query is None or key is None:
+        return None
+    mean, spread = _projected(student, pair.query, query)
+    return spread + torch.outer(mean, mean), _projected(student, pair.key, key)[1]
+
+
 def _fold(
-    student: nn.Module, pair: _Pair, moments: dict[tuple[str, str], Moments], ridge: float
+    tensors: Sequence[Tensor], pair: _Pair, sides: tuple[Tensor, Tensor], ridge: float
 ) -> None:
     """Let the queries that stay take on the share of those that went, head by head."""
-    sides = []
-    for side, site in (("query", pair.query), ("key", pair.key)):
-        known = moments.get((site.tensor, side))
-        if known is None:
-            return
-        sides.append(_projected(student, site, known))
-    (mean, spread), (_, keys) = sides
-    queries = spread + torch.outer(mean, mean)
-    gone = tuple(unit for unit in range(pair.axis.units) if unit not in pair.keep)
+    queries, keys = sides
+    keep, gone = pair.row.keep, pair.row.removed
     for head in range(pair.query.repeats):
-        q_stay, q_gone = (_rows(pair.query, units, head) for units in (pair.keep, gone))
-        k_stay, k_gone = (_rows(pair.key, units, head) for units in (pair.keep, gone))
-        left = _solved(queries, q_stay, q_gone, ridge)
-        right = _solved(keys, k_stay, k_gone, ridge)
+        q_stay = _rows(pair.query, keep, head)
+        left = _solved(queries, q_stay, _rows(pair.query, gone, head), ridge)
+        right = _solved(keys, _rows(pair.key, keep, head), _rows(pair.key, gone, head), ridge)
         change = left @ right.T  # M [stay, stay]
-        for name in _names(pair.query):
-            tensor = _parameter(student, name)
-            if tensor is not None:
-                rows = tensor[q_stay].double()
-                tensor[q_stay] = (rows + change.T @ rows).to(tensor.dtype)
+        for tensor in tensors:
+            rows = tensor[q_stay].double()
+            tensor[q_stay] = (rows + change.T @ rows).to(tensor.dtype)
 
 
 def _solved(moments: Tensor, stay: list[int], gone: list[int], ridge: float) -> Tensor:
@@ -185,17 +186,14 @@ def _solved(moments: Tensor, stay: list[int], gone: list[int], ridge: float) -> 
 
 def _rows(site: Site, units: tuple[int, ...], head: int) -> list[int]:
     """Rows of some units in one head."""
-    return [
-        site.offset + head * site.stride + unit * site.block + i
-        for unit in units
-        for i in range(site.block)
-    ]
+    one = dataclasses.replace(site, offset=site.offset + head * site.stride, repeats=1)
+    return one.indices(units)
 
 
 def _input_moments(
     model: nn.Module,
     pairs: Sequence[_Pair],
-    forward: Callable[[nn.Module, Any], tuple[Tensor, ...]],
+    forward: Forward,
     batches: Sequence[Any],
 ) -> dict[tuple[str, str], Moments]:
     """Moments of what the projections of queries and keys are given: (tensor, side) to them."""
@@ -210,7 +208,7 @@ def _input_moments(
 def _answers(
     model: nn.Module,
     paths: Sequence[str],
-    forward: Callable[[nn.Module, Any], tuple[Tensor, ...]],
+    forward: Forward,
     batches: Sequence[Any],
 ) -> dict[str, list[Tensor]]:
     """What modules answer, first tensors, call by call."""
@@ -223,12 +221,9 @@ def _answers(
         return listen
 
     handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in found]
-    try:
+    with removing(handles):
         for batch in batches:
             forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 
@@ -239,7 +234,7 @@ def _listening(
     found: dict[tuple[str, str], Moments],
 ) -> Iterator[None]:
     def hook(tensor: str, side: str) -> Callable[..., None]:
-        weight = _parameter(model, tensor)
+        weight = parameter_of(model, tensor)
         width = 0 if weight is None else weight.shape[1]
 
         def listen(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -257,8 +252,5 @@ def _listening(
         )
         for tensor, side in sorted(sites)
     ]
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -66,10 +66,36 @@ class _Stop(NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class _Seen:
-    """What was seen of a consumer."""
+    """What was seen of a map: rows to fit it to, and rows that say whether it helps."""
 
     fitted: Moments = dataclasses.field(default_factory=Moments)
     held_out: Moments = dataclasses.field(default_factory=Moments)
+
+    def add(self, x: Tensor, target: Tensor, held: Tensor, weight: Tensor | None = None) -> None:
+        """Add rows x [n, F] and targets [n, D], those that are `held` [n] to the second kind."""
+        for moments, part in ((self.fitted, ~held), (self.held_out, held)):
+            moments.add(x[part], target[part], None if weight is None else weight[part])
+
+    def best(
+        self, now: Linear, has_bias: bool, ridges: Sequence[float]
+    ) -> tuple[Linear | None, float | None, float, float]:
+        """Return the best map, its ridge, and the relative errors before and after.
+
+        Map and ridge are None where none of `ridges` does better than `now` on held-out rows.
+        """
+        constant = None if has_bias else now.bias
+        before = self.held_out.error(now)
+        errors = {
+            ridge: self.held_out.error(self.fitted.fit(now.weight, ridge, constant))
+            for ridge in ridges
+        }
+        ridge = min(errors, key=lambda r: errors[r])
+        spread = max(self.held_out.spread(), 1e-30)
+        relative = max(before, 0.0) / spread
+        if errors[ridge] >= before - _LEAST * spread:
+            return None, None, relative, relative
+        found = (self.fitted + self.held_out).fit(now.weight, ridge, constant)
+        return found, ridge, relative, max(errors[ridge], 0.0) / spread
 
 
 def repair(
@@ -292,35 +318,23 @@ class _Repair:
             counts = torch.ones(len(rows), device=rows.device)
         counts = counts / counts.mean().clamp_min(1e-30) + _FLOOR
         held = examples % _HELD_OUT == _HELD_OUT - 1
-        seen = self.seen[consumer.path]
-        seen.fitted.add(rows[~held], wanted[~held], counts[~held])
-        seen.held_out.add(rows[held], wanted[held], counts[held])
+        self.seen[consumer.path].add(rows, wanted, held, counts)
 
     def _solve(self, consumer: Consumer) -> None:
         """Find the ridge that does best on held-out examples, and fit all examples with it."""
-        prior, bias = consumer.weight, consumer.bias
+        weight, bias = consumer.weight, consumer.bias
+        now = Linear(weight=weight, bias=weight.new_zeros(len(weight)) if bias is None else bias)
         seen = self.seen[consumer.path]
-        constant = None if bias is not None else prior.new_zeros(len(prior))
-        zeros = prior.new_zeros(len(prior))
-        now = Linear(weight=prior, bias=zeros if bias is None else bias)
-        before = seen.held_out.error(now)
-        errors = {
-            ridge: seen.held_out.error(seen.fitted.fit(prior, ridge, constant))
-            for ridge in self.ridges
-        }
-        best = min(errors, key=lambda ridge: errors[ridge])
-        spread = max(seen.held_out.spread(), 1e-30)
-        done = errors[best] < before - _LEAST * spread
-        if done:
-            everything = seen.fitted + seen.held_out
-            consumer.take(everything.fit(prior, best, constant))
+        found, ridge, before, after = seen.best(now, bias is not None, self.ridges)
+        if found is not None:
+            consumer.take(found)
         self.report[consumer.path] = Repair(
             module=consumer.path,
             kept=int(consumer.stays.sum()),
             of=len(consumer.stays),
-            before=max(before, 0.0) / spread,
-            after=max(errors[best] if done else before, 0.0) / spread,
-            ridge=best if done else None,
+            before=before,
+            after=after,
+            ridge=ridge,
         )
 
     def align(self) -> None:
@@ -333,30 +347,21 @@ class _Repair:
 
     def _align(self, place: int, given: Tensor, wanted: Tensor) -> None:
         held = torch.arange(len(given), device=given.device) % _HELD_OUT == _HELD_OUT - 1
-        fitted, held_out = Moments(), Moments()
-        fitted.add(given[~held], wanted[~held])
-        held_out.add(given[held], wanted[held])
-        same = torch.eye(given.shape[1], device=given.device)
-        zeros = given.new_zeros(given.shape[1])
-        before = held_out.error(Linear(weight=same, bias=zeros))
-        errors = {r: held_out.error(fitted.fit(same, r, zeros)) for r in self.ridges}
-        best = min(errors, key=lambda ridge: errors[ridge])
-        spread = max(held_out.spread(), 1e-30)
-        if errors[best] >= before - _LEAST * spread:
+        seen = _Seen()
+        seen.add(given, wanted, held)
+        size = given.shape[1]
+        now = Linear(weight=torch.eye(size, device=given.device), bias=given.new_zeros(size))
+        better, ridge, before, after = seen.best(now, has_bias=False, ridges=self.ridges)
+        if better is None:
             return
         found = find_projection(
             self.student, lambda: self.forward(self.student, self.batches[0]), place
         )
         if found is None:
             return
-        fold(self.student, found, (fitted + held_out).fit(same, best, zeros).weight)
+        fold(self.student, found, better.weight)
         self.report[found.name] = Repair(
-            module=found.name,
-            kept=given.shape[1],
-            of=given.shape[1],
-            before=before / spread,
-            after=errors[best] / spread,
-            ridge=best,
+            module=found.name, kept=size, of=size, before=before, after=after, ridge=ridge
         )
 
 

@@ -18,7 +18,7 @@ import greenlet
 import torch
 from torch import Tensor, nn
 
-from vlprune.calls import tensors_of
+from vlprune.calls import removing, tensors_of
 
 Place: TypeAlias = tuple[
     str, str, int, int
@@ -136,9 +136,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _reach(path: str) -> str:
     """The outermost module with a number in its name: the block of a stack, else the whole."""
     steps = path.split(".")
-    last = max((i for i, step in enumerate(steps) if step.isdigit()), default=-1)
-    first = next((i for i, step in enumerate(steps) if step.isdigit()), last)
-    return ".".join(steps[: first + 1]) if first >= 0 else ""
+    first = next((i for i, step in enumerate(steps) if step.isdigit()), -1)
+    return ".".join(steps[: first + 1])
 
 
 def _within(event: _Seen, block: str) -> bool:
@@ -192,8 +191,5 @@ def watching(
 
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
