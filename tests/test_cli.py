@@ -240,7 +240,7 @@ def test_a_wrong_strategy_is_told(fail, dense, tmp_path, strategies: str) -> Non
 def test_a_wrong_task_is_told(fail, dense, tmp_path, task: str) -> None:
     arguments = ("score", dense, "--metric", "taylor", "--task", task)
     text = fail(*arguments, "--out", tmp_path / "s.json")
-    assert f"task '{task}' must be 'scenes' or module:function; " in text
+    assert f"task '{task}' must be scenes-clip" in text
 
 
 def test_a_wrong_setting_is_told(fail, dense, tmp_path) -> None:

@@ -41,6 +41,7 @@ RANKS = {
     "tasks": 8,
     "recover": 9,
     "report": 9,
+    "shipped": 9,
     "store": 9,
     "pipeline": 10,
     "demo": 11,

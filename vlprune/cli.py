@@ -1,6 +1,6 @@
 """The command line: inspect, score, plan, prune, verify, list, demo.
 
-MODEL is open_clip:NAME, timm:NAME, hf:FOLDER, scenes-clip, or a folder saved by vlprune. What a
+MODEL is open_clip:NAME, timm:NAME, hf:FOLDER, scenes-..., or a folder saved by vlprune. What a
 user can get wrong ends in a message and exit code 2; a model that breaks the law in exit code 1.
 Set VLPRUNE_DEBUG=1 for tracebacks.
 """
@@ -45,7 +45,7 @@ out = Console()
 err = Console(stderr=True)
 
 Model = Annotated[
-    str, typer.Argument(help="open_clip:NAME, timm:NAME, hf:FOLDER, scenes-clip or a saved folder")
+    str, typer.Argument(help="open_clip:NAME, timm:NAME, hf:FOLDER, scenes-... or a saved folder")
 ]
 Pretrained = Annotated[
     str, typer.Option(help="Weights: an open_clip tag, or 'yes' for timm and hf.")
@@ -55,7 +55,7 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 TaskName = Annotated[
     str,
     typer.Option(
-        "--task", help="'scenes', or module:function that takes the model and returns a task."
+        "--task", help="A model that ships, for its task, or module:function(model) -> task."
     ),
 ]
 Examples = Annotated[int, typer.Option(help="Scenes to score on.")]
@@ -355,12 +355,13 @@ def verify(
     import vlprune
     from vlprune.cost import count_params
     from vlprune.pruner import record_of
+    from vlprune.shipped import SHIPPED
 
     small = vlprune.from_pretrained(folder)
     record = record_of(small)
     out.print(f"files    intact; {count_params(small):,} params load strictly")
     made = (record.source or {}).get("made") or {}
-    if not original and made.get("spec") and (made["pretrained"] or made["spec"] == "scenes-clip"):
+    if not original and made.get("spec") and (made["pretrained"] or made["spec"] in SHIPPED):
         dense = vlprune.create_model(
             made["spec"], pretrained=made["pretrained"], **made["arguments"]
         )
@@ -498,7 +499,7 @@ def _settings_of(metric: str, settings: list[str], seed: int) -> dict[str, Any]:
 def _check_task(metric: str, task: Any) -> None:
     if not task and registry.METRICS[metric].needs != "nothing":
         raise ValueError(
-            f"metric {metric!r} must be given a task; got none. Add --task scenes for a model that "
+            f"metric {metric!r} must be given a task; got none. Add --task scenes-clip for a model that "
             "reads scenes, or --task module:function for your own data."
         )
 
@@ -528,23 +529,24 @@ def _show_repairs(repairs: Sequence[Any]) -> None:
 
 
 def _default_task(model: str) -> str:
-    return "scenes" if model == "scenes-clip" else ""
+    from vlprune.shipped import SHIPPED
+
+    return model if model in SHIPPED else ""
 
 
 def _task(name: str, model: Any, examples: int, seed: int) -> Any:
     if not name:
         return None
-    if name == "scenes":
-        from vlprune.tasks import Retrieval
-        from vlprune.tasks.scenes import loader
+    from vlprune.shipped import SHIPPED
 
-        return Retrieval(loader("train", examples, seed, 128))
+    if name in SHIPPED:
+        return SHIPPED[name].task("train", examples, seed, 128)
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)(model)
     except (ImportError, AttributeError) as error:
         raise UnknownNameError(
-            f"task {name!r} must be 'scenes' or module:function; {error}."
+            f"task {name!r} must be {', '.join(SHIPPED)} or module:function; {error}."
         ) from error
 
 

@@ -37,6 +37,7 @@ from vlprune.pruner import (
 )
 from vlprune.recover.repair import repair
 from vlprune.registry import ALLOCATIONS, FAMILIES, METRICS, STRATEGIES
+from vlprune.shipped import SHIPPED
 from vlprune.store import from_pretrained
 
 Progress = Callable[[int, int], None]
@@ -52,8 +53,8 @@ def create_model(
     """Return the model that `spec` names, in eval mode.
 
     Args:
-        spec: "open_clip:NAME", "timm:NAME", "hf:FOLDER-OR-HUB-NAME", "scenes-clip" (the small
-            trained CLIP that ships), or a folder that `save_pretrained` wrote.
+        spec: "open_clip:NAME", "timm:NAME", "hf:FOLDER-OR-HUB-NAME", a model that ships
+            ("scenes-clip", see `shipped.py`), or a folder that `save_pretrained` wrote.
         pretrained: weights: an open_clip tag, True or False for timm and hf. Default: the weights
             in an hf folder, random ones for open_clip and timm.
         device: where to put the model; "meta" builds it without weights: enough to dissect, plan
@@ -64,10 +65,8 @@ def create_model(
         UnknownNameError: if `spec` names nothing.
         CheckpointError: if it is a damaged folder.
     """
-    if spec == "scenes-clip":
-        from vlprune.tasks.scenes import load_scenes_clip  # lazy: spares open_clip
-
-        model: nn.Module = load_scenes_clip()
+    if spec in SHIPPED:
+        model = SHIPPED[spec].load()
     elif Path(spec).is_dir():
         return from_pretrained(spec, device=device)
     else:
@@ -76,8 +75,8 @@ def create_model(
         found = [family.create for family in named if family.create is not None]
         if not name or not found:
             raise UnknownNameError(
-                f"model {spec!r} must be open_clip:NAME, timm:NAME, hf:FOLDER, scenes-clip or a "
-                "saved folder; it is none of these."
+                f"model {spec!r} must be open_clip:NAME, timm:NAME, hf:FOLDER, "
+                f"{', '.join(SHIPPED)} or a saved folder; it is none of these."
             )
         options = {} if pretrained is None else {"pretrained": pretrained}
         try:
