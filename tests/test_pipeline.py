@@ -13,6 +13,7 @@ from vlprune.calls import calls_of, run, tensors_of
 from vlprune.dissect import default_inputs
 from vlprune.errors import LawError, UnknownNameError
 from vlprune.pruner import record_of
+from vlprune.tasks import Retrieval
 
 
 @pytest.mark.parametrize("name", ["hf_clip", "BlipForQuestionAnswering"])
@@ -110,3 +111,12 @@ def test_a_model_of_many_forwards_is_checked_on_all() -> None:
     with pytest.raises(LawError, match="text_proj"):
         vlprune.verify(model, small, inputs)
     assert vlprune.verify(model, small, inputs[:1]) <= 1e-9
+
+
+def test_compress_lets_what_stays_stand_in_for_removed_layers() -> None:
+    model, _ = dissected("open_clip")
+    torch.manual_seed(0)
+    task = Retrieval([(torch.randn(8, 3, 32, 32), torch.randint(1, 40, (8, 12))) for _ in range(4)])
+    small = vlprune.compress(model, task, {"params": 0.8}, strategies=("layer",), verify=False)
+    repairs = record_of(small).repairs
+    assert any(repair.ridge is not None and repair.kept == repair.of for repair in repairs)

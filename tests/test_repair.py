@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
+import stranger
 import torch
 import torch.nn.functional as F
 import zoo
@@ -124,8 +125,7 @@ def test_dimensions_that_are_copies_are_made_up_for(name: str, kind: str) -> Non
     model, keep = with_copies(original, anatomy, (kind,))
     if not keep:
         pytest.skip("no such dimensions")
-    sides = (".qk", ".v") if kind == "head_dim" else (".qk",)
-    for side in sides:
+    for side in (".qk", ".v"):
         part = {axis: units for axis, units in keep.items() if f"{kind}{side}" in axis}
         plan = vlprune.make_plan(anatomy, part)
         small = vlprune.repair(model, plan, task_of(name, model), ridges=(1e-9,), outputs=False)
@@ -134,6 +134,34 @@ def test_dimensions_that_are_copies_are_made_up_for(name: str, kind: str) -> Non
         assert before > 0.01
         assert far(small, model, fresh) < 0.05 * before
         assert any(repair.ridge is not None for repair in record_of(small).repairs)
+
+
+@pytest.mark.parametrize("kind", ["head_dim", "head_dim_per_head"])
+def test_queries_that_share_keys_take_on_dimensions_that_are_copies(kind: str) -> None:
+    """In the attic two heads of queries share one of keys."""
+    torch.manual_seed(0)
+    house = zoo.redraw(stranger.House()).eval()
+    batches = [
+        (torch.randn(12, 5, 24, generator=DRAW), torch.randint(30, (12, 7), generator=DRAW))
+        for _ in range(4)
+    ]
+    anatomy = vlprune.dissect(house, stranger.inputs())
+    model, keep = with_copies(house, anatomy, (kind,))
+    part = {name: units for name, units in keep.items() if f".talk:{kind}.qk" in name}
+    plan = vlprune.make_plan(anatomy, {n: u for n, u in part.items() if "attic" in n})
+    for floor in model.attic:  # the copies of the second keys, and of who asks them, are of unit 1
+        for layer in (floor.talk.ask, floor.talk.offer):
+            for tensor in layer.parameters():
+                half = slice(12, 24) if layer is floor.talk.ask else slice(6, 12)
+                heads = tensor.data[half].unflatten(0, (-1, 6))  # [heads, dimensions, ...]
+                heads[:, 4:] = heads[:, 1:2]
+    assert {row.removed for row in plan.rows} == {(4, 5)}
+    task = CallableTask(batches, lambda m, b: m(*b).square().mean(), example_inputs=batches[0])
+    small = vlprune.repair(model, plan, task, outputs=False)
+    fresh = (torch.randn(9, 5, 24, generator=DRAW), torch.randint(30, (9, 7), generator=DRAW))
+    before = far(vlprune.prune(model, plan, batches[0], verify=False), model, fresh)
+    assert before > 0.005
+    assert far(small, model, fresh) < 0.05 * before
 
 
 @pytest.mark.parametrize("name", list(zoo.MAKERS))

@@ -499,8 +499,8 @@ def _settings_of(metric: str, settings: list[str], seed: int) -> dict[str, Any]:
 def _check_task(metric: str, task: Any) -> None:
     if not task and registry.METRICS[metric].needs != "nothing":
         raise ValueError(
-            f"metric {metric!r} must be given a task; got none. Add --task scenes-clip for a model that "
-            "reads scenes, or --task module:function for your own data."
+            f"metric {metric!r} must be given a task; got none. Add --task scenes-clip for a model "
+            "that reads scenes, or --task module:function for your own data."
         )
 
 

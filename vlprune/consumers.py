@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vlprune.anatomy import under
+from vlprune.anatomy import Axis, Site, under
 from vlprune.calls import first_tensor, tensors_of, with_first
 from vlprune.measures import is_example_task
 from vlprune.moments import Linear
@@ -105,30 +105,42 @@ def consumers_of(
     found: dict[str, Consumer] = {}
     gone = tuple(gone)
     for row in rows:
-        axis = row.axis
-        if axis.gate.kind != "input":
-            continue
-        stays = torch.zeros(axis.gate.repeats, axis.units, axis.gate.block, dtype=torch.bool)
-        stays[:, list(row.keep)] = True
-        for path in axis.gate.modules:
+        for site in _reading_sites(row.axis):
+            path = site.tensor.removesuffix(".weight")
             module = model.get_submodule(path)
-            sites = [site for site in axis.sites if site.tensor == f"{path}.weight"]
             weight = getattr(module, "weight", None)
-            if len(sites) != 1 or not isinstance(weight, Tensor) or not _is_matrix(weight):
+            if not isinstance(weight, Tensor) or not _is_matrix(weight):
                 continue
             if any(under(path, other) for other in gone):
                 continue
+            stays = torch.ones(weight.shape[site.dim], dtype=torch.bool, device=weight.device)
+            stays[site.indices(row.removed)] = False
             if path in found:
-                found[path].stays &= stays.flatten().to(weight.device)
+                found[path].stays &= stays
             else:
                 found[path] = Consumer(
                     path=path,
                     module=module,
-                    stays=stays.flatten().to(weight.device),
-                    dim=sites[0].dim,
-                    channels=axis.gate.dim,
+                    stays=stays,
+                    dim=site.dim,
+                    channels=row.axis.gate.dim,
                 )
     return found
+
+
+def _reading_sites(axis: Axis) -> list[Site]:
+    """Where the units of an axis lie in the weights of the layers that read them, one a layer."""
+    gate = axis.gate
+    weights = [site for site in axis.sites if site.tensor.endswith(".weight")]
+    if gate.kind == "input":
+        weights = [site for site in weights if site.tensor[: -len(".weight")] in gate.modules]
+    elif gate.kind == "product":  # rows that are gated, columns that read what they answer
+        rows = {site.dim for site in gate.sites}
+        weights = [site for site in weights if site.dim not in rows]
+    else:
+        return []
+    times = collections.Counter(site.tensor for site in weights)
+    return [site for site in weights if times[site.tensor] == 1]
 
 
 def _is_matrix(weight: Tensor) -> bool:

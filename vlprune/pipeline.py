@@ -353,7 +353,8 @@ def compress(
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}.")
     inputs = _task_inputs(model, task)
-    anatomy = dissect(model, inputs).select(strategies)
+    whole = dissect(model, inputs)
+    anatomy = whole.select(strategies)
     dense, limits = dense_cost(anatomy), absolute_budget(anatomy, budget)
     small = model
     for step in range(1, steps + 1):
@@ -362,7 +363,8 @@ def compress(
             for name, limit in limits.items()
         }
         if step > 1:
-            anatomy = dissect(small, inputs).select(strategies)
+            whole = dissect(small, inputs)
+            anatomy = whole.select(strategies)
         tell = progress(f"{metric} {step}/{steps}") if progress else None
         scores = score(
             small,
@@ -382,7 +384,7 @@ def compress(
         )
         if repaired:
             tell = progress(f"repair {step}/{steps}") if progress else None
-            small = repair(small, chosen, task, anatomy=anatomy, verify=verify, progress=tell)
+            small = repair(small, chosen, task, anatomy=whole, verify=verify, progress=tell)
         else:
             small = prune(small, chosen, inputs, verify=verify)
     return small

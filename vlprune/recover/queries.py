@@ -120,15 +120,18 @@ def _pair_of(row: PlanRow) -> _Pair | None:
         return None
     if len(axis.gate.sites) != 1:
         return None
-    (query,) = axis.gate.sites
-    keys = [
+    (gated,) = axis.gate.sites
+    others = [
         site
         for site in axis.sites
-        if site != query and site.tensor.endswith("weight") and site.dim == query.dim
+        if site != gated and site.tensor.endswith("weight") and site.dim == gated.dim
     ]
-    if len(keys) != 1 or (keys[0].repeats, keys[0].block) != (query.repeats, query.block):
-        return None  # keys that several heads of queries share
-    return _Pair(row=row, query=query, key=keys[0])
+    if len(others) != 1 or others[0].block != gated.block:
+        return None
+    key, query = sorted((others[0], gated), key=lambda site: site.repeats)
+    if query.repeats % key.repeats:
+        return None
+    return _Pair(row=row, query=query, key=key)
 
 
 def _names(site: Site) -> tuple[str, str]:
@@ -165,10 +168,12 @@ def _fold(
     """Let the queries that stay take on the share of those that went, head by head."""
     queries, keys = sides
     keep, gone = pair.row.keep, pair.row.removed
+    shared = pair.query.repeats // pair.key.repeats  # by so many heads of queries in a row
     for head in range(pair.query.repeats):
         q_stay = _rows(pair.query, keep, head)
         left = _solved(queries, q_stay, _rows(pair.query, gone, head), ridge)
-        right = _solved(keys, _rows(pair.key, keep, head), _rows(pair.key, gone, head), ridge)
+        mine = head // shared
+        right = _solved(keys, _rows(pair.key, keep, mine), _rows(pair.key, gone, mine), ridge)
         change = left @ right.T  # M [stay, stay]
         for tensor in tensors:
             rows = tensor[q_stay].double()
