@@ -17,7 +17,7 @@ from vlprune.calls import Inputs
 from vlprune.dissect import ModelView
 from vlprune.plan import Scores
 
-Needs = Literal["nothing", "forward", "backward", "outputs", "measure", "task"]
+Needs = Literal["nothing", "forward", "backward", "steps", "outputs", "measure", "task"]
 
 
 class Metric(Protocol):
@@ -25,9 +25,10 @@ class Metric(Protocol):
 
     Attributes:
         needs: what precedes every `update`: "nothing" (the weights are enough, no update),
-            a "forward", a forward and "backward"; or what `update` is given: with "outputs" those
-            of a forward with gradients, with "measure" a function without arguments that says how
-            well the model does now (higher is better), with "task" the task itself.
+            a "forward", a forward and "backward", for "steps" the same with a call of `step` after
+            it, `steps` times (one pass where that is None); or what `update` is given: with
+            "outputs" those of a forward with gradients, with "measure" a function without arguments
+            that says how well the model does now (higher is better), with "task" the task itself.
     """
 
     needs: ClassVar[Needs]

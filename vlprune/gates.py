@@ -298,9 +298,10 @@ class Gates:
     def _is_open(self, axis: Axis) -> bool:
         """Say whether the gate is still the ones that it began with: then nothing is multiplied."""
         value = self.values[axis.name]
-        untouched = value is self._ones[axis.name] and not value.requires_grad
-        known = not value.is_inference()  # such a tensor does not count its changes
-        return not self._per_sample and untouched and known and value._version == 0
+        if self._per_sample or value is not self._ones[axis.name] or value.requires_grad:
+            return False
+        # an inference tensor does not count its changes
+        return not value.is_inference() and value._version == 0
 
     def _gate(self, axis: Axis, unit: int | None, x: Tensor) -> Tensor:
         """[units] or a scalar; per sample [examples, units] or [examples]."""

@@ -193,15 +193,20 @@ def _run_batches(
     batches = task.batches()
     total = len(batches) if isinstance(batches, Sized) else 0
     outputs = forward_of(task)
+    if needs == "steps" and meter.steps is not None:
+        batches = itertools.cycle(list(itertools.islice(batches, max_batches)))
+        total = max_batches = meter.steps
     for done, batch in enumerate(itertools.islice(batches, max_batches), start=1):
         if needs == "outputs":
             with torch.enable_grad():
                 meter.update(outputs(model, batch))
-        elif needs == "backward":
+        elif needs in ("backward", "steps"):
             with torch.enable_grad():
                 loss = task.loss(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             meter.update()
+            if needs == "steps":
+                meter.step()
         else:
             with torch.no_grad():
                 task.loss(model, batch)

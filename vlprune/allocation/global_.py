@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vlprune.allocation._ranking import keep_within, savings
 from vlprune.plan import Scores
+from vlprune.ranking import keep_within, savings
 from vlprune.registry import ALLOCATIONS
 
 

@@ -21,11 +21,11 @@ import numpy as np
 import scipy.optimize
 from numpy.typing import NDArray
 
-from vlprune.allocation._ranking import savings
 from vlprune.anatomy import Anatomy
 from vlprune.cost import absolute_budget, fits, price
 from vlprune.errors import BudgetError
 from vlprune.plan import Scores
+from vlprune.ranking import savings
 from vlprune.registry import ALLOCATIONS
 
 _GAP = 1e-4  # of the best worth: where the search may end

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vlprune.allocation._ranking import keep_within, ranks, savings
 from vlprune.errors import PlanError
 from vlprune.plan import Scores
+from vlprune.ranking import keep_within, ranks, savings
 from vlprune.registry import ALLOCATIONS
 
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vlprune.allocation._ranking import keep_within, ranks
 from vlprune.plan import Scores
+from vlprune.ranking import keep_within, ranks
 from vlprune.registry import ALLOCATIONS
 
 

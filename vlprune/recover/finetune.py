@@ -12,9 +12,9 @@ import importlib.util
 import itertools
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,22 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class Masks(Protocol):
+    """What is learnt beside the weights, such as `metrics.UPop` and `metrics.HardConcrete`."""
+
+    def update(self) -> None:
+        """Take in the gradients of a backward."""
+
+    def step(self) -> None:
+        """Move on by a step of the optimiser."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` takes."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +93,7 @@ def fit(
     batches: Iterable[Any],
     training: Training = Training(),
     *,
+    masks: Masks | None = None,
     folder: str | Path | None = None,
     save_every: int = 100,
     log: str | Path | None = None,
@@ -90,6 +107,7 @@ def fit(
         loss: scalar of the model and a batch. Other models that it uses go to the same device.
         batches: gone through again and again; process r of n takes batches r, r + n, ...
         training: how.
+        masks: attached to the model by the caller; saved with the states.
         folder: for states; a run that finds one there goes on from it, to the same bits. Deleted
             states make it begin again.
         save_every: steps between states.
@@ -107,7 +125,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, training.rate)
     wrapped, optimiser = accelerator.prepare(step, optimiser)
     place = _Place()
-    accelerator.register_for_checkpointing(schedule, place)
+    accelerator.register_for_checkpointing(schedule, place, *([] if masks is None else [masks]))
     states = None if folder is None else _States(Path(folder), accelerator)
     torch.manual_seed(training.seed + accelerator.process_index)
     if states is not None:
@@ -123,12 +141,16 @@ def fit(
                 batch = map_tensors(next(mine), lambda t: t.to(accelerator.device))
                 value = wrapped(batch)
                 accelerator.backward(value)
+                if masks is not None:
+                    masks.update()
                 total += float(value.detach()) / training.accumulate
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(wrapped.parameters(), training.clip)
                 optimiser.step()
                 optimiser.zero_grad()
         schedule.step()
+        if masks is not None:
+            masks.step()
         place.step += 1
         if log is not None:
             rate = schedule.get_last_lr()[0]

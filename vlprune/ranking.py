@@ -5,7 +5,7 @@ The units of all axes have one row of numbers, axis by axis in the order of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -73,10 +73,27 @@ def keep_within(
     """
     order = np.argsort(worth, kind="stable")
     order = order[removable(scores, min_units)[order]]
-    anatomy = scores.anatomy
+    return keep_after(scores.anatomy, [[int(unit)] for unit in order], budget)
+
+
+def keep_after(
+    anatomy: Anatomy, order: Sequence[Sequence[int]], budget: Mapping[str, float]
+) -> dict[str, tuple[int, ...]]:
+    """Return what stays when the first groups of `order` go, no more than the budget asks for.
+
+    Args:
+        anatomy: to price with.
+        order: groups of units that go together, by their number among all units.
+        budget: see `cost.absolute_budget`.
+
+    Raises:
+        BudgetError: if all that may go is not enough.
+    """
     limits = absolute_budget(anatomy, budget)
+    flat = np.fromiter((unit for group in order for unit in group), dtype=np.int64)
+    ends = np.cumsum([0, *map(len, order)])
     few, many = 0, len(order)
-    everything = price(anatomy, _keep(anatomy, order))
+    everything = price(anatomy, keep_without(anatomy, flat))
     if not fits(everything, limits):
         dense = price(anatomy, {})
         raise BudgetError(
@@ -86,14 +103,15 @@ def keep_within(
         )
     while few < many:  # cost never rises with the length of the prefix
         middle = (few + many) // 2
-        if fits(price(anatomy, _keep(anatomy, order[:middle])), limits):
+        if fits(price(anatomy, keep_without(anatomy, flat[: ends[middle]])), limits):
             many = middle
         else:
             few = middle + 1
-    return _keep(anatomy, order[:few])
+    return keep_without(anatomy, flat[: ends[few]])
 
 
-def _keep(anatomy: Anatomy, removed: Numbers) -> dict[str, tuple[int, ...]]:
+def keep_without(anatomy: Anatomy, removed: Numbers) -> dict[str, tuple[int, ...]]:
+    """Return what stays without units that are given by their number among all units."""
     ends = np.cumsum([axis.units for axis in anatomy.axes])
     stays = np.ones(ends[-1], dtype=bool)
     stays[removed] = False

@@ -1,0 +1,292 @@
+"""Masks that are learnt: what is searched is what is cut, whatever loop they are learnt in."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from conftest import dissected, random_keep
+from torch import Tensor, nn
+
+import vlprune
+from vlprune.calls import calls_of, run, tensors_of
+from vlprune.copies import clone
+from vlprune.cost import count_params
+from vlprune.dissect import default_inputs
+from vlprune.errors import UnsupportedModelError
+from vlprune.expected import ExpectedCost
+from vlprune.law import relative_error
+from vlprune.metrics import HardConcrete, UPop
+from vlprune.metrics.hard_concrete import stretched
+from vlprune.metrics.upop import shrinkage
+from vlprune.recover.finetune import Training, fit
+
+DRAW = torch.Generator().manual_seed(0)
+X = torch.randn(32, 3, 32, 32, generator=DRAW)
+Y = torch.randint(10, (32,), generator=DRAW)
+BATCHES = [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 32, 8)]
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def any_loss(model: nn.Module, inputs: Any) -> Tensor:
+    found = [t for call in calls_of(inputs) for t in tensors_of(run(model, call))]
+    return sum(t.square().mean() for t in found if t.is_floating_point())
+
+
+def search(model: nn.Module, masks: Any, steps: int, first: int = 0) -> None:
+    """Train and search with an ordinary optimiser."""
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for step in range(first, steps):
+        loss(model, BATCHES[step % 4]).backward()
+        masks.update()
+        optimiser.step()
+        optimiser.zero_grad()
+        masks.step()
+
+
+@pytest.mark.parametrize("units", ["cost", "paper", "hard_concrete"])
+@pytest.mark.parametrize("name", ["open_clip", "deit", "BlipForQuestionAnswering"])
+def test_the_searched_model_is_the_cut_model(name: str, units: str) -> None:
+    original, anatomy = dissected(name)
+    model = clone(original).double()
+    inputs = default_inputs(model, batch=4)
+    inputs = [type(c)(*_double((c.args, c.kwargs))) for c in calls_of(inputs)]
+    budget = {"params": 0.75}
+    masks: Any
+    if units == "hard_concrete":
+        masks = HardConcrete(model, anatomy, budget=budget, steps=6, lr=0.5)
+    else:
+        masks = UPop(model, anatomy, budget=budget, steps=6, interval=2, units=units)
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with masks:
+        for _ in range(6):
+            any_loss(model, inputs).backward()
+            masks.update()
+            optimiser.step()
+            optimiser.zero_grad()
+            masks.step()
+        values = torch.cat(list(masks.gates.values.values()))
+        assert set(values.tolist()) == {0.0, 1.0}
+        with torch.no_grad():
+            searched = [t for call in calls_of(inputs) for t in tensors_of(run(model, call))]
+    plan = masks.plan()
+    small = vlprune.prune(model, plan, inputs, verify=False)
+    with torch.no_grad():
+        cut = [t for call in calls_of(inputs) for t in tensors_of(run(small, call))]
+    errors = [relative_error(a, b) for a, b in zip(searched, cut, strict=True)]
+    assert max(errors) <= 1e-9
+    assert count_params(small) == plan.planned.params <= 0.75 * count_params(model)
+
+
+def _double(value: Any) -> Any:
+    return vlprune.calls.map_tensors(value, lambda t: t.double() if t.is_floating_point() else t)
+
+
+def test_masks_shrink_as_the_paper_says() -> None:
+    shares = [shrinkage(t, 1000) for t in (0, 100, 250, 500, 750, 900, 1000)]
+    assert shares == pytest.approx([0, 0.156, 0.383, 0.707, 0.924, 0.988, 1], abs=6e-4)
+    original, anatomy = dissected("deit")
+    model = clone(original)
+    with UPop(model, anatomy, budget={"params": 0.6}, steps=8, interval=2) as masks:
+        search(model, masks, 4)
+        values = torch.cat(list(masks.gates.values.values()))
+        assert sorted(set(values.tolist())) == pytest.approx([1 - math.sqrt(0.5), 1.0])
+        with pytest.raises(RuntimeError, match="plan must come after all 8 steps"):
+            masks.plan()
+
+
+def test_sums_are_gradients_of_gates_and_the_order_is_the_authors() -> None:
+    model, anatomy = dissected("deit")
+    total: dict[str, Tensor] = {}
+    for batch in BATCHES:
+        with vlprune.Gates(model, anatomy.select(("head_dim", "ffn")).axes) as gates:
+            gates.values = {n: g.clone().requires_grad_() for n, g in gates.values.items()}
+            loss(model, batch).backward()
+            for name, gate in gates.values.items():
+                total[name] = total.get(name, 0) + gate.grad
+    model.zero_grad(set_to_none=True)
+    masks = UPop(model, anatomy, ratio=0.5, steps=4, interval=4, units="paper")
+    with masks:
+        for batch in BATCHES:
+            loss(model, batch).backward()
+            masks.update()
+            masks.step()
+    model.zero_grad(set_to_none=True)
+    rows, owners, weights, scores = [], [], [], []
+    for kind, weight in (("head_dim", 36.0), ("ffn", 1.0)):
+        if kind == "head_dim":  # queries and keys carry the mask each
+            paths = [n.removesuffix(".v") for n in total if n.endswith("head_dim.v")]
+            sums = {p: 2 * total[f"{p}.qk"] + total[f"{p}.v"] for p in paths}
+        else:
+            sums = {n: row for n, row in total.items() if n.endswith(":ffn")}
+        every = torch.cat(list(sums.values())).double()
+        for name, row in sums.items():
+            rows += [(name, unit) for unit in range(len(row))]
+            owners += [name] * len(row)
+            weights += [weight] * len(row)
+            scores += ((row.double() - every.mean()) / every.std(correction=0)).tolist()
+    order = sorted(range(len(rows)), key=lambda i: -scores[i])
+    lowest = {
+        n: min((i for i, o in enumerate(owners) if o == n), key=lambda i: scores[i]) for n in owners
+    }
+    order = [i for i in order if i != lowest[owners[i]]]
+    reached, count = 0.0, 0
+    while reached + weights[order[count]] / 2 < 0.5 * sum(weights):
+        reached += weights[order[count]]
+        count += 1
+    gone = {rows[i] for i in order[:count]}
+    plan = masks.plan()
+    found = {
+        (row.axis.name.removesuffix(".qk").removesuffix(".v"), unit)
+        for row in plan.rows
+        for unit in row.removed
+    }
+    assert found == gone
+    assert all(len(row.keep) >= 1 for row in plan.rows)
+
+
+def test_accumulation_and_one_batch_search_alike() -> None:
+    original, anatomy = dissected("deit")
+    plans, sums = [], []
+    for parts in (1, 4):
+        model = clone(original)
+        with UPop(model, anatomy, budget={"params": 0.6}, steps=4, interval=2) as masks:
+            optimiser = torch.optim.SGD(model.parameters(), lr=1e-2)
+            for x, y in BATCHES:
+                for image, label in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                    (loss(model, (image, label)) / parts).backward()
+                    masks.update()
+                optimiser.step()
+                optimiser.zero_grad()
+                masks.step()
+        plans.append(masks.plan().digest)
+        sums.append(torch.cat(list(masks._sums.values())))
+    torch.testing.assert_close(sums[0], sums[1], rtol=1e-3, atol=1e-5)
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("kind", [UPop, HardConcrete])
+def test_a_search_goes_on_bit_equal(kind: Any) -> None:
+    original, anatomy = dissected("deit")
+    whole = clone(original)
+    with kind(whole, anatomy, budget={"params": 0.6}, steps=8) as masks:
+        search(whole, masks, 8)
+    begun = clone(original)
+    with kind(begun, anatomy, budget={"params": 0.6}, steps=8) as first:
+        search(begun, first, 3)
+        state = first.state_dict()
+    with kind(begun, anatomy, budget={"params": 0.6}, steps=8) as second:
+        second.load_state_dict(state)
+        search(begun, second, 8, first=3)
+    assert second.plan() == masks.plan()
+    assert second.compute() == masks.compute()
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), begun.parameters(), strict=True)
+    )
+
+
+def test_fit_moves_masks_along() -> None:
+    original, anatomy = dissected("deit")
+    model = clone(original)
+    with UPop(model, anatomy, budget={"params": 0.6}, steps=4, interval=2) as masks:
+        fit(model, loss, BATCHES, Training(steps=4, accumulate=2, lr=1e-4), masks=masks)
+    assert masks.is_done
+    assert masks._count == 8
+
+
+def test_compiled_models_are_refused_and_attached_ones_compile() -> None:
+    original, anatomy = dissected("deit")
+    model = clone(original)
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(UnsupportedModelError, match=r"attached before torch\.compile"):
+        UPop(compiled, anatomy)
+
+
+@pytest.mark.parametrize("name", list(zoo.MAKERS))
+def test_expected_cost_of_what_is_sure_is_its_price(name: str) -> None:
+    _, anatomy = dissected(name)
+    expected = ExpectedCost(anatomy)
+    for seed in range(3):
+        keep = random_keep(anatomy, seed)
+        stay = {
+            axis.name: torch.tensor([float(u in keep[axis.name]) for u in range(axis.units)])
+            for axis in anatomy.axes
+        }
+        cost, price = expected(stay), vlprune.price(anatomy, keep)
+        assert float(cost["params"]) == pytest.approx(price.params, abs=0.5)
+        assert float(cost["macs"]) == pytest.approx(price.macs, abs=len(anatomy.operations))
+
+
+def test_expected_cost_is_the_mean_over_draws() -> None:
+    _, anatomy = dissected("deit")
+    anatomy = anatomy.select(("head", "ffn", "layer"))
+    draw = torch.Generator().manual_seed(0)
+    stay = {a.name: torch.rand(a.units, generator=draw) for a in anatomy.axes}
+    prices = []
+    for _ in range(400):
+        keep = {
+            n: tuple((torch.rand(len(p), generator=draw) < p).nonzero().flatten().tolist())
+            for n, p in stay.items()
+        }
+        prices.append(vlprune.price(anatomy, keep).params)
+    mean = torch.tensor(prices, dtype=torch.float64)
+    error = float(mean.std()) / 20
+    assert abs(float(ExpectedCost(anatomy)(stay)["params"]) - float(mean.mean())) < 4 * error
+
+
+def test_a_hard_concrete_mask_stays_with_its_probability() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for log_alpha in (-2.0, 0.0, 1.5):
+        noise = torch.rand(200_000, generator=draw).clamp(1e-6, 1 - 1e-6)
+        share = float((stretched(torch.full_like(noise, log_alpha), noise) > 0).double().mean())
+        exact = 1 / (1 + math.exp(-(log_alpha - 2 / 3 * math.log(0.1 / 1.1))))
+        assert share == pytest.approx(exact, abs=4e-3)
+    assert 1 / (1 + math.exp(2 / 3 * math.log(0.1 / 1.1))) == pytest.approx(0.832, abs=1e-3)
+
+
+def test_hard_concrete_masks_reach_their_target_and_say_where_they_are() -> None:
+    original, anatomy = dissected("deit")
+    model = clone(original)
+    masks = HardConcrete(model, anatomy, budget={"prunable_params": 0.6}, steps=60, lr=0.2)
+    with masks:
+        search(model, masks, 59)
+        assert masks.removed()["params"] == pytest.approx(0.4, abs=0.2)
+        before = {name: gate.detach().clone() for name, gate in masks.gates.values.items()}
+        with masks.deterministic():
+            for name, stay in masks.probabilities().items():
+                gate = masks.gates.values[name].detach()
+                assert set(gate.tolist()) <= {0.0, 1.0}
+                expected = float(stay.detach().sum())
+                assert float(gate.sum()) == len(stay) - round(len(stay) - expected)
+        assert all(torch.equal(before[n], g.detach()) for n, g in masks.gates.values.items())
+        search(model, masks, 60, first=59)
+    least = vlprune.cost.least_cost(masks.anatomy).params
+    limit = least + int(0.6 * (count_params(original) - least))
+    largest = max(count_params(original) // 20, 1)
+    assert limit - largest < masks.plan().planned.params <= limit
+
+
+def test_borders_are_told() -> None:
+    original, anatomy = dissected("deit")
+    model = clone(original)
+    with pytest.raises(ValueError, match="a budget or a ratio"):
+        UPop(model, anatomy, steps=4)
+    with pytest.raises(ValueError, match="steps must be at least 1; got 0 in UPop"):
+        UPop(model, anatomy, budget={"params": 0.5}, steps=0)
+    with UPop(model, anatomy) as masks:
+        with pytest.raises(RuntimeError, match=r"UPop\.update must follow loss\.backward"):
+            masks.update()
+        (loss(model, BATCHES[0]) * float("nan")).backward()
+        with pytest.raises(FloatingPointError, match="NaN or infinity at 'blocks"):
+            masks.update()
+        (loss(model, BATCHES[0]) * float("inf")).backward()
+        masks.update(scale=2.0**16)  # an overflow at a scale is left out
+        assert masks._count == 0
+    other = UPop(model, anatomy, strategies=("layer",))
+    with pytest.raises(ValueError, match="state must be of the same axes"):
+        other.load_state_dict(masks.state_dict())
