@@ -19,6 +19,7 @@ from vlprune.registry import FAMILIES
 EXPECTED = {  # tower -> (heads, FFN neurons, layers, sub-layers), counted by hand from the configs
     "open_clip": {"vision": (12, 384, 3, 6), "text": (8, 256, 2, 4)},
     "deit": {"vision": (9, 576, 3, 6)},
+    "segmenter": {"vision": (9, 576, 3, 6), "decoder": (8, 256, 2, 4)},
     "hf_clip": {"vision": (12, 168, 3, 6), "text": (8, 96, 2, 4)},
     "BlipModel": {"vision": (12, 168, 3, 6), "text": (8, 96, 2, 4), "fusion": (0, 0, 0, 2)},
     "BlipForImageTextRetrieval": {

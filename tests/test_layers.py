@@ -35,6 +35,7 @@ RANKS = {
     "discovery": 5,
     "dissect": 6,
     "contracts": 7,
+    "models": 7,
     "pruner": 7,
     "allocation": 8,
     "families": 8,
@@ -86,6 +87,7 @@ FOLDERS = {  # folders that are no plug-ins: rank inside of them
         "discover": 6,
         "__init__": 7,
     },
+    "models": {"segmenter": 0, "__init__": 1},
     "recover": {
         "finetune": 0,
         "losses": 0,

@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import nn
 
+from vlprune.models.segmenter import Segmenter
+
 VISION = {"num_attention_heads": 4, "num_hidden_layers": 3, "image_size": 32, "patch_size": 8}
 TEXT = {
     "hidden_size": 32,
@@ -33,6 +35,11 @@ def open_clip_clip(**vision: object) -> nn.Module:
 def deit(**arguments: object) -> nn.Module:
     options = {"img_size": 32, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 10}
     return timm.create_model("deit_tiny_patch16_224", **{**options, **arguments})
+
+
+def segmenter() -> nn.Module:
+    backbone = deit(num_classes=0)
+    return Segmenter(backbone, 5, decoder_width=32, decoder_depth=2, decoder_heads=4)
 
 
 def hf_clip() -> nn.Module:
@@ -69,6 +76,7 @@ def blip(name: str) -> nn.Module:
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "open_clip": open_clip_clip,
     "deit": deit,
+    "segmenter": segmenter,
     "hf_clip": hf_clip,
     "BlipModel": lambda: blip("BlipModel"),
     "BlipForImageTextRetrieval": lambda: blip("BlipForImageTextRetrieval"),

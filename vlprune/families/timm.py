@@ -2,77 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
+from vlprune.families import _timm
 from vlprune.layout import AttentionLayout, BlockLayout, Family, HalfLayout
 from vlprune.registry import FAMILIES
-
-
-def example_inputs(model: Any, batch: int) -> tuple[Tensor]:
-    """Return noise images [batch, channels, height, width] of the size that the model takes.
-
-    A model that takes any size gets what it was made for, 256 at most.
-    """
-    config = getattr(model, "pretrained_cfg", None) or {}
-    channels, *default = config.get("input_size") or (3, 224, 224)
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if size is None:
-        fixed = config.get("fixed_input_size", False)
-        size = default if fixed else [min(side, 256) for side in default]
-    height, width = list(size) if isinstance(size, (list, tuple)) else [size, size]
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(batch, channels, height, width, generator=generator),)
-
-
-def describe(model: Any) -> dict[str, Any] | None:
-    """Return architecture name and sizes, where timm wrote the name into the model."""
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    blocks: Any = getattr(model, "blocks", ())
-    plain = type(model).__name__ == "VisionTransformer" and len(blocks) > 0
-    block: Any = blocks[0] if plain else None
-    if name is None or not hasattr(getattr(block, "mlp", None), "fc1"):
-        return None
-    return {
-        "name": name,
-        "arguments": {
-            "num_classes": model.num_classes,
-            "img_size": list(model.patch_embed.img_size),
-            "embed_dim": model.embed_dim,
-            "depth": len(model.blocks),
-            "num_heads": block.attn.num_heads,
-            "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
-        },
-    }
-
-
-def build(arguments: dict[str, Any]) -> nn.Module:
-    """Return the described model with random weights."""
-    return create(arguments["name"], **arguments["arguments"])
-
-
-def create(name: str, pretrained: str | bool = False, **arguments: Any) -> nn.Module:
-    """Return `timm.create_model(name, ...)` in eval mode."""
-    import timm  # lazy: spares timm where no timm model is used
-
-    size = arguments.get("img_size")
-    if size is not None and "pretrained_cfg_overlay" not in arguments:
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        arguments["pretrained_cfg_overlay"] = {"input_size": (3, height, width)}
-    model: nn.Module = timm.create_model(name, pretrained=bool(pretrained), **arguments)
-    return model.eval()
-
 
 FAMILIES.register("timm")(
     Family(
         models=("timm.models.*",),
         towers=(("*", "vision"),),
-        example_inputs=example_inputs,
-        describe=describe,
-        build=build,
-        create=create,
+        example_inputs=_timm.example_inputs,
+        describe=_timm.describe,
+        build=_timm.build,
+        create=_timm.create,
         attentions=(
             AttentionLayout(
                 cls="timm.layers.attention.Attention",
