@@ -42,7 +42,7 @@ class ExampleTask(Protocol):
         """Return the loss of every example [B] of one batch."""
 
     def logits(self, model: nn.Module, outputs: Outputs) -> tuple[Tensor, ...]:
-        """Return predictions [B, choices] of one batch, before the softmax."""
+        """Return predictions [B, ..., choices] of one batch, before the softmax."""
 
 
 class Measure:
@@ -111,7 +111,8 @@ class KLMeasure(Measure):
         parts = []
         for logits, before in pairs:
             expected = before.double().log_softmax(-1)
-            parts.append((expected.exp() * (expected - logits.double().log_softmax(-1))).sum(-1))
+            each = (expected.exp() * (expected - logits.double().log_softmax(-1))).sum(-1)
+            parts.append(each.reshape(len(each), -1).mean(-1))  # [B, ...] -> [B]
         return -torch.stack(parts).mean(0)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprune.ablation.removals import Removal, by_block, stack_of, watched_modules
-from vlprune.ablation.replay import Handed, Key, Recording, Replayer, equal_answers
+from vlprune.ablation.replay import Handed, Key, Recording, Replayer, doubles, equal_answers
 from vlprune.ablation.trimming import Trimming
 from vlprune.anatomy import Anatomy, Axis, under
 from vlprune.calls import map_tensors, tensors_of
@@ -307,7 +307,13 @@ class Ablations:
             and torch.allclose(torch.cat([a, a]), b, rtol=1e-3, atol=1e-5)
             for a, b in pairs
         )
-        return fits and self._replayer.learn_copies(one[1], two[1])
+        if not (fits and self._replayer.learn_copies(one[1], two[1])):
+            return False
+        own = [key for key in one[1].answers if key[0] == block]
+        return all(  # a block may see texts that all examples share, and not the examples
+            doubles(next(tensors_of(one[1].answers[key])), next(tensors_of(two[1].answers[key])))
+            for key in own
+        )
 
     def _repeated(self, copies: int) -> Any:
         """The batch with its tensors repeated along their first dimension."""

@@ -165,9 +165,9 @@ class Replayer:
             if len(ones) != len(twos):
                 return False
             pairs = list(zip(ones, twos, strict=True))
-            if not all(_doubles(a, b) or a.shape == b.shape for a, b in pairs):
+            if not all(doubles(a, b) or a.shape == b.shape for a, b in pairs):
                 return False
-            repeats[key] = tuple(_doubles(a, b) for a, b in pairs)
+            repeats[key] = tuple(doubles(a, b) for a, b in pairs)
         self._repeats.update(repeats)
         return True
 
@@ -246,7 +246,8 @@ def _version(recording: Recording, key: Key) -> tuple[int, ...]:
     return tuple(t._version for t in tensors_of(recording.answers[key]))
 
 
-def _doubles(one: Tensor, two: Tensor) -> bool:
+def doubles(one: Tensor, two: Tensor) -> bool:
+    """Say whether `two` is as long as twice `one`, and of its shape otherwise."""
     return bool(one.dim()) and two.shape == (2 * one.shape[0], *one.shape[1:])
 
 

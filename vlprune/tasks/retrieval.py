@@ -8,7 +8,7 @@ answers to each other's captions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from vlprune.calls import Inputs, quiet_eval
 from vlprune.registry import TASKS
-from vlprune.tasks._batches import check_repeatable
+from vlprune.tasks._batches import check_repeatable, first_of, no_batches, pair_of
+from vlprune.tasks._models import device_of, encode_image, encode_text, logit_scale, pair_inputs
 
 Encode = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 _ROWS = 256  # of similarities at a time
@@ -71,9 +72,7 @@ class Retrieval:
     def batches(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Yield (image, text)."""
         for batch in self._loader:
-            yield (
-                (batch["image"], batch["text"]) if isinstance(batch, Mapping) else tuple(batch[:2])
-            )
+            yield pair_of(batch, "text")
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the symmetric InfoNCE of one batch, at the model's own temperature."""
@@ -81,7 +80,7 @@ class Retrieval:
 
     def outputs(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return image and text features [B, E] of length 1."""
-        image, text = (x.to(_device(model)) for x in batch)
+        image, text = (x.to(device_of(model)) for x in batch)
         return self._features(model, image, text)
 
     def targets(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -107,7 +106,7 @@ class Retrieval:
     def logits(self, model: nn.Module, outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Return similarities at the model's temperature: images by texts, texts by images."""
         images, texts = outputs
-        logits = _logit_scale(model) * images @ texts.T
+        logits = logit_scale(model) * images @ texts.T
         return logits, logits.T
 
     def measure(self, model: nn.Module) -> float:
@@ -120,26 +119,21 @@ class Retrieval:
         with torch.no_grad(), quiet_eval(model):
             for image, text in self.batches():
                 image_features, text_features = self._features(
-                    model, image.to(_device(model)), text.to(_device(model))
+                    model, image.to(device_of(model)), text.to(device_of(model))
                 )
                 images.append(image_features)
                 texts.append(text_features)
                 ids.append(text)
         if not images:
-            raise ValueError("loader must yield at least one batch; got none in Retrieval.")
+            raise no_batches("Retrieval")
         image, text = torch.cat(images).float(), torch.cat(texts).float()
         groups = _groups(torch.cat(ids).to(image.device))
         return _recall(_hits(image, text, groups, self.ks), _hits(text, image, groups, self.ks))
 
     def example_inputs(self, model: nn.Module) -> Inputs:
         """Return one image and one text, by the keywords of transformers where it is its model."""
-        first = next(iter(self.batches()), None)
-        if first is None:
-            raise ValueError("loader must yield at least one batch; got none in Retrieval.")
-        image, text = (x[:1] for x in first)
-        if hasattr(model, "get_image_features"):
-            return {"pixel_values": image, "input_ids": text}
-        return image, text
+        image, text = first_of(self.batches(), "Retrieval")
+        return pair_inputs(model, image[:1], text[:1])
 
     def _features(self, model: nn.Module, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         image_features, text_features = self._encode(model, image, text)
@@ -201,22 +195,4 @@ def encode_pair(model: Any, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor
     Raises:
         TypeError: if the model has neither pair of methods.
     """
-    if hasattr(model, "encode_image"):
-        return model.encode_image(image), model.encode_text(text)
-    if hasattr(model, "get_image_features"):
-        found = model.get_image_features(pixel_values=image), model.get_text_features(text)
-        image_features, text_features = (getattr(x, "pooler_output", x) for x in found)
-        return image_features, text_features
-    raise TypeError(
-        f"model must have encode_image and encode_text; {type(model).__name__} has not. "
-        "Give Retrieval(loader, encode=...)."
-    )
-
-
-def _logit_scale(model: nn.Module) -> Tensor:
-    scale = getattr(model, "logit_scale", None)
-    return scale.detach().exp() if isinstance(scale, Tensor) else torch.tensor(1 / 0.07)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return encode_image(model, image), encode_text(model, text)
