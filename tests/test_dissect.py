@@ -34,6 +34,11 @@ EXPECTED = {  # tower -> (heads, FFN neurons, layers, sub-layers), counted by ha
         "decoder": (16, 96, 2, 6),
     },
     "BlipForConditionalGeneration": {"vision": (12, 168, 3, 6), "decoder": (16, 96, 2, 6)},
+    "BlipForVisualReasoning": {
+        "vision": (12, 168, 3, 6),
+        "text": (8, 96, 2, 4),
+        "fusion": (8, 0, 0, 2),
+    },
 }
 
 UNREACHED = {  # a BlipModel holds cross attentions that its forward never calls

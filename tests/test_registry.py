@@ -72,7 +72,15 @@ def test_names_come_sorted_and_as_many_as_are_counted() -> None:
     assert {"magnitude", "random", "taylor", "fisher"} <= set(METRICS)
     strategies = ["expert", "ffn", "head", "head_dim", "head_dim_per_head", "layer", "sublayer"]
     assert list(STRATEGIES) == strategies
-    assert list(TASKS) == ["callables", "classification", "retrieval", "segmentation"]
+    assert list(TASKS) == [
+        "callables",
+        "captioning",
+        "classification",
+        "question_answering",
+        "reasoning",
+        "retrieval",
+        "segmentation",
+    ]
 
 
 def test_one_name_twice_is_refused_and_the_first_stays() -> None:

@@ -409,3 +409,23 @@ def test_a_map_of_features_is_folded_into_the_projection_that_makes_them(name: s
         before = now
     assert find_projection(nn.Linear(3, 4), lambda: [torch.zeros(2, 5)], 0) is None
     assert Projection(name="head.weight", dim=0) == Projection(name="head.weight", dim=0)
+
+
+class LossAlone:
+    """A task in the words of `contracts.Task`, and no more."""
+
+    name = "loss alone"
+
+    def __init__(self, task: Retrieval):
+        self.batches, self.loss, self.measure = task.batches, task.loss, task.measure
+        self.example_inputs = task.example_inputs
+
+
+def test_a_task_that_gives_a_loss_alone_is_enough() -> None:
+    model, anatomy = dissected("open_clip")
+    plan = vlprune.make_plan(anatomy, {a.name: (0, 1) for a in anatomy.select(("head",)).axes})
+    small = vlprune.repair(model, plan, LossAlone(pairs()), sensitivity=False)
+    cut = vlprune.prune(model, plan, inputs_of(model))
+    assert record_of(small).repaired
+    inputs = inputs_of_size(model, 16, 1)
+    assert far(small, model, inputs) < far(cut, model, inputs)

@@ -1,5 +1,6 @@
 """Retrieval and tasks from callables: recall and loss against independent references."""
 
+import dataclasses
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from torchmetrics.retrieval import RetrievalHitRate
 
 import vlprune
 from vlprune.calls import calls_of, run
+from vlprune.pruner import record_of
 from vlprune.tasks import CallableTask, Retrieval
 from vlprune.tasks.retrieval import encode_pair, recall
 
@@ -202,6 +204,107 @@ def test_retrieval_scores_transformers_clip() -> None:
     model, _ = dissected("hf_clip")
     scores = vlprune.score(model, "taylor", Retrieval([hf_batch()]))
     assert sum(sum(row) for row in scores.values.values()) > 0
+
+
+# -- BLIP, which also looks at picture and text together -------------------------------------------
+
+
+def blip_batch(size: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 50, (size, 8), generator=generator)
+    ids[0, 5:] = 0  # padding
+    return draw(size, 3, 32, 32, seed=seed), ids
+
+
+@torch.no_grad()
+def matching_logits(model: nn.Module, image: Tensor, text: Tensor) -> Tensor:
+    mask = (text != 0).long()
+    return model(input_ids=text, pixel_values=image, attention_mask=mask).itm_score
+
+
+@torch.no_grad()
+def test_similarities_of_blip_are_those_of_its_forward() -> None:
+    model, _ = dissected("BlipForImageTextRetrieval")
+    image, text = blip_batch()
+    images, texts = Retrieval([(image, text)]).outputs(model, (image, text))
+    mask = (text != 0).long()
+    own = model(
+        input_ids=text, pixel_values=image, attention_mask=mask, use_itm_head=False
+    ).itm_score
+    torch.testing.assert_close(images @ texts.T, own, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_matching_adds_the_loss_of_the_pair_and_its_hardest_negatives() -> None:
+    model, _ = dissected("BlipForImageTextRetrieval")
+    image, text = blip_batch()
+    text[1] = text[2]  # equal captions are no negatives
+    one, both = Retrieval([(image, text)]), Retrieval([(image, text)], matching=True)
+    images, texts = one.outputs(model, (image, text))
+    similarity = images @ texts.T
+    losses = []
+    for i in range(6):
+        wrong = [j for j in range(6) if not torch.equal(text[i], text[j])]
+        worst = max(wrong, key=lambda j: float(similarity[i, j]))
+        pairs = [(i, i, 1), (i, worst, 0)]
+        pairs.append((max(wrong, key=lambda j: float(similarity[j, i])), i, 0))
+        losses += [
+            -matching_logits(model, image[a][None], text[b][None]).log_softmax(-1)[0, label]
+            for a, b, label in pairs
+        ]
+    expected = one.loss(model, (image, text)) + torch.stack(losses).mean()
+    torch.testing.assert_close(both.loss(model, (image, text)), expected, rtol=1e-4, atol=1e-5)
+    outputs = both.outputs(model, (image, text))
+    assert [tuple(t.shape) for t in outputs] == [(6, 24), (6, 24), (6, 3, 2)]
+    assert [tuple(t.shape) for t in both.logits(model, outputs)] == [(6, 6), (6, 6)] + [(6, 2)] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("top", [2, 6])
+def test_the_first_few_are_ranked_again_by_the_matching_head(top: int) -> None:
+    model, _ = dissected("BlipForImageTextRetrieval")
+    image, text = blip_batch()
+    batches = [(image[:4], text[:4]), (image[4:], text[4:])]
+    images, texts = Retrieval(batches).outputs(model, (image, text))
+    similarity = images @ texts.T
+    odds = torch.empty(6, 6)
+    for i in range(6):
+        for j in range(6):
+            no, yes = matching_logits(model, image[i][None], text[j][None])[0]
+            odds[i, j] = yes - no + similarity[i, j]
+    hits = []
+    for first, again in ((similarity, odds), (similarity.T, odds.T)):
+        for query in range(6):
+            taken = first[query].argsort(descending=True)[:top].tolist()
+            ranked = sorted(taken, key=lambda j: -float(again[query, j]))
+            hits += [query in ranked[:k] for k in (1, 2)]
+    task = Retrieval(batches, ks=(1, 2), matching=True, top=top)
+    assert task.measure(model) == pytest.approx(100 * sum(hits) / len(hits))
+
+
+def test_matching_is_measured_unit_by_unit_and_repaired_through_both_heads() -> None:
+    model, anatomy = dissected("BlipForImageTextRetrieval")
+    batches = [blip_batch(seed=seed) for seed in range(2)]
+    task = Retrieval(batches, ks=(1, 2), matching=True)
+    heads = anatomy.select(("head",))
+    cross = [a for a in heads.axes if a.tower == "fusion"]
+    assert len(cross) == 2
+    some = dataclasses.replace(anatomy, axes=(cross[0],))
+    scores = vlprune.score(model, "mope", task, anatomy=some)
+    keep = {cross[0].name: (1, 2, 3)}
+    before = task.measure(model)
+    with vlprune.mask(model, vlprune.make_plan(some, keep)) as masked:
+        after = task.measure(masked)
+    assert float(scores.values[cross[0].name][0]) == pytest.approx(before - after)
+    assert before != after
+    small = vlprune.repair(model, vlprune.make_plan(some, keep), task)
+    assert any("crossattention" in name for name in record_of(small).repaired)
+    assert len(calls_of(task.example_inputs(model))) == 2
+
+
+def test_too_few_to_rank_again_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"top must be at least the largest k .* got 5 with ks"):
+        Retrieval([blip_batch()], matching=True, top=5)
 
 
 # -- tasks from callables --------------------------------------------------------------------------

@@ -5,12 +5,14 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
 from vlprune.tasks import scenes
+from vlprune.tasks.scenes.blip import SCENES_BLIP
 from vlprune.tasks.scenes.captions import CLASS_NAMES, PLACES, caption
 from vlprune.tasks.scenes.items import ITEMS_FILE
 from vlprune.tasks.scenes.model import SCENES_CLIP
@@ -19,6 +21,11 @@ NUM_LOOKED_AT = 50
 FIRST_TEST_CAPTIONS = (
     "a t-shirt top, an ankle boot top right, trousers bottom left",
     "a shirt top left, a bag top right",
+)
+FIRST_TEST_QUESTIONS = (("is there an ankle boot?", "yes"), ("how many shirts?", "one"))
+FIRST_TEST_STATEMENTS = (
+    ("exactly one picture shows a shirt", True),
+    ("the left picture shows trousers", True),
 )
 RECALL_FLOOR = 0.85
 PLACES_FLOOR = 0.9
@@ -177,7 +184,8 @@ def test_items_are_read_only():
 
 def test_package_data_are_small():
     assert ITEMS_FILE.stat().st_size < 2_000_000
-    assert (SCENES_CLIP / "model.safetensors").stat().st_size < 5_000_000
+    for folder in (SCENES_CLIP, SCENES_BLIP):
+        assert (folder / "model.safetensors").stat().st_size < 5_000_000
 
 
 def test_tokens_decode_to_the_captions_that_they_came_from(test_scenes, tokenizer):
@@ -214,6 +222,211 @@ def test_a_text_that_is_too_long_is_refused(tokenizer):
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         tokenizer.tokenize("a bag top left", context_length=5)
+
+
+def test_the_words_of_questions_come_on_top_and_change_no_id_of_captions(tokenizer):
+    assert tokenizer.vocab_size == 22
+    caption_ids = tokenizer.tokenize("a bag top left, trousers right", 10).tolist()
+    assert caption_ids == [[1, 3, 6, 19, 12, 2, 20, 14, 21, 0]]  # as scenes-clip was trained
+    larger = scenes.blip_tokenizer()
+    assert set(tokenizer.words) < set(larger.words)
+    assert larger.decode(larger.tokenize("how many ankle boots?")) == ["how many ankle boots?"]
+    config = json.loads((SCENES_BLIP / "config.json").read_text())["text_config"]
+    assert config["vocab_size"] == larger.vocab_size
+    assert (config["pad_token_id"], config["bos_token_id"]) == (0, 1)
+    assert config["sep_token_id"] == config["eos_token_id"] == larger.end
+
+
+# -- questions -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Questions about 2,000 scenes, with the scenes."""
+    questions = scenes.Questions("test", 2000, seed=3)
+    return [(questions.scenes.scene(i), questions.question(i)) for i in range(2000)]
+
+
+def test_questions_depend_on_split_seed_and_index_alone():
+    few, many = (scenes.Questions("test", count, seed=3) for count in (5, 10**6))
+    assert [few.question(i) for i in range(5)] == [many.question(i) for i in range(5)]
+    other = scenes.Questions("test", 5, seed=4)
+    assert [few.question(i) for i in range(5)] != [other.question(i) for i in range(5)]
+    first = scenes.Questions("test", 2, seed=0)
+    assert tuple((q.text, q.answer) for q in map(first.question, (0, 1))) == FIRST_TEST_QUESTIONS
+    assert few.question(-1) == few.question(4)
+
+
+def answer_by_hand(scene, text):
+    """The answer that a reader of the scene's caption gives."""
+    shown = [
+        tuple(part.split(" ", 1))
+        for part in scene.caption.replace("ankle boot", "ankle_boot").split(", ")
+    ]
+    named = []
+    for first, rest in shown:
+        name, place = (first, rest) if first == "trousers" else rest.split(" ", 1)
+        named.append((name.replace("_", " "), place))
+    words = text.removesuffix("?").split()
+    rest = " ".join(words[2:])
+    if words[0] == "what":
+        return {place: name for name, place in named}.get(rest, "nothing")
+    if words[0] == "where":
+        (place,) = [place for name, place in named if name == rest.removeprefix("the ")]
+        return place
+    if words[:2] == ["how", "many"]:
+        single = {"trousers": "trousers", "dresses": "dress"}.get(rest, rest.removesuffix("s"))
+        count = len(named) if rest == "items" else sum(name == single for name, _ in named)
+        return ("zero", "one", "two", "three", "four")[count]
+    rest = re.sub("^(a|an) ", "", rest)
+    return "yes" if rest in dict(named) else "no"
+
+
+def test_answers_are_right(asked):
+    for scene, question in asked:
+        assert question.answer == answer_by_hand(scene, question.text), (scene.caption, question)
+
+
+def test_kinds_are_balanced_and_the_questions_alone_tell_little(asked):
+    kinds = Counter(question.text.split()[0].replace("are", "is") for _, question in asked)
+    assert set(kinds) == {"what", "where", "is", "how"}
+    assert max(kinds.values()) < 0.29 * len(asked)
+    answers = Counter(question.answer for _, question in asked)
+    assert set(answers) == set(scenes.ANSWERS)
+    assert max(answers.values()) < 0.15 * len(asked)
+    of_text = {}
+    for _, question in asked:
+        of_text.setdefault(question.text, Counter())[question.answer] += 1
+    blind = sum(max(counts.values()) for counts in of_text.values())
+    assert blind < 0.36 * len(asked)  # fitted to these very questions
+
+
+def test_batches_of_questions_hold_what_single_ones_hold():
+    batches = scenes.question_loader("test", 5, 3, 2)
+    assert [len(batch["image"]) for batch in batches] == [2, 2, 1]
+    questions = scenes.Questions("test", 5, seed=3)
+    question = questions.question(3)
+    batch = {name: values[1] for name, values in batches[1].items()}
+    assert questions.tokenizer.decode(batch["question"]) == [question.text]
+    assert scenes.ANSWERS[batch["answer"]] == question.answer
+    assert torch.equal(batch["image"], questions.scenes[3][0])
+    for name, value in questions[3].items():
+        assert torch.equal(value, batch[name])
+    answers = scenes.answer_tokens()
+    assert tuple(questions.tokenizer.decode(answers)) == scenes.ANSWERS
+    assert len(answers.unique(dim=0)) == len(answers)
+
+
+# -- statements ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stated():
+    """Statements about 2,000 pairs of scenes, with the pairs."""
+    statements = scenes.Statements("test", 2000, seed=3)
+    return [(statements.pair(i), statements.statement(i)) for i in range(2000)]
+
+
+def test_statements_depend_on_split_seed_and_index_alone():
+    few, many = (scenes.Statements("test", count, seed=3) for count in (5, 10**6))
+    assert [few.statement(i) for i in range(5)] == [many.statement(i) for i in range(5)]
+    other = scenes.Statements("test", 5, seed=4)
+    assert [few.statement(i) for i in range(5)] != [other.statement(i) for i in range(5)]
+    first = scenes.Statements("test", 2, seed=0)
+    said = tuple((s.text, s.is_true) for s in map(first.statement, (0, 1)))
+    assert said == FIRST_TEST_STATEMENTS
+
+
+def truth_by_hand(left, right, text):
+    """What a reader of both captions says to a statement."""
+    numbers = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
+    captions = [f"{scene.caption}," for scene in (left, right)]
+    if text.endswith(" in all"):
+        number, noun = re.fullmatch(r"there (?:is|are) (\w+) (.+) in all", text).groups()
+        name = noun if noun in CLASS_NAMES else {"dresses": "dress"}.get(noun, noun[:-1])
+        shown = re.findall(
+            rf"(?:^|, |an? ){name} ", " ".join(captions).replace("trousers ", ", trousers ")
+        )
+        return len(shown) == numbers.index(number)
+    if "items" in text:
+        more = captions[0].count(",") - captions[1].count(",")
+        return {"left": more > 0, "right": more < 0, "pictures": more == 0}[text.split()[1]]
+    subject, what = re.fullmatch(r"(.+) shows? (.+)", text).groups()
+    anywhere = not any(what.endswith(f" {place}") for place in PLACES)
+    shows = [f", {what}{' ' if anywhere else ','}" in f", {caption}" for caption in captions]
+    return {
+        "both pictures": all(shows),
+        "neither picture": not any(shows),
+        "exactly one picture": sum(shows) == 1,
+        "the left picture": shows[0],
+        "the right picture": shows[1],
+    }[subject]
+
+
+def test_statements_are_true_where_they_say_so(stated):
+    for (left, right), statement in stated:
+        told = (left.caption, right.caption, statement)
+        assert truth_by_hand(left, right, statement.text) == statement.is_true, told
+
+
+def test_a_reader_who_takes_left_for_right_is_caught(stated):
+    """A planted fault: with the pictures in the other order, sided statements come out wrong."""
+    sided = [entry for entry in stated if {"left", "right"} & set(entry[1].text.split()[:2])]
+    assert len(sided) > 500
+    wrong = [truth_by_hand(right, left, s.text) != s.is_true for (left, right), s in sided]
+    assert np.mean(wrong) > 0.5
+
+
+def test_no_kind_of_statement_is_true_more_often_than_false(stated):
+    kinds = {}
+    for _, statement in stated:
+        kind = " ".join(statement.text.split()[:2]).replace("right", "left").replace(" are", " is")
+        kinds.setdefault(kind, []).append(statement.is_true)
+    assert set(kinds) == {"both pictures", "neither picture", "exactly one", "the left", "there is"}
+    for kind, truths in kinds.items():
+        assert abs(np.mean(truths) - 0.5) < 2.5 / len(truths) ** 0.5, kind
+
+
+def test_batches_of_statements_hold_two_pictures():
+    batches = scenes.statement_loader("test", 5, 3, 2)
+    assert [len(batch["image"]) for batch in batches] == [2, 2, 1]
+    statements = scenes.Statements("test", 5, seed=3)
+    batch = {name: values[1] for name, values in batches[1].items()}
+    assert statements.tokenizer.decode(batch["text"]) == [statements.statement(3).text]
+    assert bool(batch["label"]) == statements.statement(3).is_true
+    for side in (0, 1):
+        assert torch.equal(batch["image"][side], statements.scenes[6 + side][0])
+        assert statements.pair(3)[side] == statements.scenes.scene(6 + side)
+    for name, value in statements[3].items():
+        assert torch.equal(value, batch[name])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        scenes.loader,
+        scenes.question_loader,
+        scenes.statement_loader,
+        scenes.classification_loader,
+        scenes.segmentation_loader,
+        scenes.place_loader,
+    ],
+)
+def test_a_stream_gives_the_batches_of_the_list_each_time_it_is_asked(make):
+    listed, stream = make("test", 7, 2, 3), make("test", 7, 2, 3, stream=True)
+    assert isinstance(listed, list)
+    assert len(stream) == len(listed) == 3
+    for _ in range(2):
+        for one, other in zip(stream, listed, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
+    assert len(stream[-1]["image"]) == len(stream[1:][-1]["image"]) == 1
+    assert stream[0]["image"] is not stream[0]["image"]
+    with pytest.raises(IndexError):
+        stream[3]
+
+
+# -- the models that ship --------------------------------------------------------------------------
 
 
 def test_importing_scenes_spares_open_clip():

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+from vlprune.models.blip_reasoning import BlipForVisualReasoning
 from vlprune.models.segmenter import Segmenter
 
 VISION = {"num_attention_heads": 4, "num_hidden_layers": 3, "image_size": 32, "patch_size": 8}
@@ -55,7 +56,8 @@ def hf_clip() -> nn.Module:
 def blip(name: str) -> nn.Module:
     # the answer decoder attends to the question encoder: their widths are one
     width = 32 if name == "BlipForQuestionAnswering" else 40
-    return getattr(transformers, name)(
+    cls = getattr(transformers, name, BlipForVisualReasoning)
+    return cls(
         transformers.BlipConfig(
             text_config={
                 **TEXT,
@@ -82,6 +84,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "BlipForImageTextRetrieval": lambda: blip("BlipForImageTextRetrieval"),
     "BlipForQuestionAnswering": lambda: blip("BlipForQuestionAnswering"),
     "BlipForConditionalGeneration": lambda: blip("BlipForConditionalGeneration"),
+    "BlipForVisualReasoning": lambda: blip("BlipForVisualReasoning"),
 }
 
 

@@ -18,7 +18,6 @@ from torch.utils.hooks import RemovableHandle
 
 from vlprune.anatomy import Axis, Site, under
 from vlprune.calls import first_tensor, tensors_of, with_first
-from vlprune.measures import is_example_task
 from vlprune.moments import Linear
 from vlprune.plan import PlanRow
 
@@ -83,9 +82,9 @@ def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
 
 def forward_of(task: Any) -> Forward:
     """Return how a task runs a model on a batch: its outputs, else its loss alone."""
-    if is_example_task(task):
+    if callable(getattr(task, "outputs", None)):
         return lambda model, batch: tuple(task.outputs(model, batch))
-    return lambda model, batch: (task.loss(model, batch),)
+    return lambda model, batch: (task.loss(model, batch).reshape(1),)
 
 
 def removed_modules(rows: Iterable[PlanRow]) -> tuple[str, ...]:

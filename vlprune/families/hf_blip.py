@@ -1,7 +1,8 @@
 """transformers' BLIP: fused-qkv vision, BERT-like text with cross attention, a text decoder.
 
 Four models: `BlipModel`, `BlipForImageTextRetrieval`, `BlipForQuestionAnswering`,
-`BlipForConditionalGeneration`. Text layers are post-norm: their halves end in a LayerNorm.
+`BlipForConditionalGeneration`, and our `BlipForVisualReasoning` of the same towers. Text layers are
+post-norm: their halves end in a LayerNorm.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from vlprune.registry import FAMILIES
 _MODELING = "transformers.models.blip.modeling_blip"
 _TEXT = "transformers.models.blip.modeling_blip_text"
 _CLASSES = "vlprune.families._hf_blip_classes"
+_REASONING = "vlprune.models.blip_reasoning.BlipForVisualReasoning"
 
 
 def example_inputs(model: Any, batch: int) -> Inputs:
-    """Return pixel values and token ids; for retrieval both heads, matching and contrastive."""
+    """Return pixel values and token ids; for retrieval both heads, for reasoning two pictures."""
     generator = torch.Generator().manual_seed(0)
     config = model.config
     ids = _transformers.token_ids(config.text_config, batch, 8, generator)
@@ -37,19 +39,20 @@ def example_inputs(model: Any, batch: int) -> Inputs:
         answers = _transformers.token_ids(config.text_config, batch, 5, generator)
         inputs |= {"decoder_input_ids": answers, "decoder_attention_mask": torch.ones_like(answers)}
         inputs["labels"] = answers  # without labels the answer reaches no output
+    if kind == "BlipForVisualReasoning":
+        right = _transformers.images(config.vision_config, batch, generator)
+        inputs["pixel_values"] = torch.stack([inputs["pixel_values"], right], dim=1)
     return [inputs]
 
 
 FAMILIES.register("hf_blip")(
     Family(
-        models=tuple(
-            f"{_MODELING}.{name}"
-            for name in (
-                "BlipModel",
-                "BlipForImageTextRetrieval",
-                "BlipForQuestionAnswering",
-                "BlipForConditionalGeneration",
-            )
+        models=(
+            f"{_MODELING}.BlipModel",
+            f"{_MODELING}.BlipForImageTextRetrieval",
+            f"{_MODELING}.BlipForQuestionAnswering",
+            f"{_MODELING}.BlipForConditionalGeneration",
+            _REASONING,
         ),
         towers=(
             ("vision_model*", "vision"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def check_repeatable(batches: Any, name: str) -> None:
@@ -18,12 +20,20 @@ def check_repeatable(batches: Any, name: str) -> None:
         )
 
 
-def pair_of(batch: Any, second: str) -> tuple[Tensor, Tensor]:
-    """Return (image, `second`) of a batch that is a mapping with these names, or a sequence."""
-    if isinstance(batch, Mapping):
-        return batch["image"], batch[second]
-    image, other = batch[:2]
-    return image, other
+def fields(batch: Any, *names: str) -> tuple[Tensor, ...]:
+    """Return these fields of a batch: a mapping with their names, or a tuple in their order.
+
+    Raises:
+        TypeError: if a mapping has not all of them, or a tuple is too short.
+    """
+    if isinstance(batch, Mapping) and set(names) <= set(batch):
+        return tuple(batch[name] for name in names)
+    if isinstance(batch, (tuple, list)) and len(batch) >= len(names):
+        return tuple(batch[: len(names)])
+    got = sorted(batch) if isinstance(batch, Mapping) else f"{type(batch).__name__}"
+    raise TypeError(
+        f"a batch must hold {', '.join(map(repr, names))}, as a dict or in this order; got {got}."
+    )
 
 
 def check_labels(labels: Tensor, classes: int, ignore: int | None = None) -> Tensor:
@@ -42,7 +52,7 @@ def check_labels(labels: Tensor, classes: int, ignore: int | None = None) -> Ten
     return labels.masked_fill(ignored, -1)
 
 
-def first_of(batches: Iterable[tuple[Tensor, Tensor]], task: str) -> tuple[Tensor, Tensor]:
+def first_of(batches: Iterable[T], task: str) -> T:
     """Return the first batch of a loader.
 
     Raises:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vlprune.calls import Inputs, quiet_eval
 from vlprune.registry import TASKS
-from vlprune.tasks._batches import check_labels, check_repeatable, first_of, no_batches, pair_of
+from vlprune.tasks._batches import check_labels, check_repeatable, fields, first_of, no_batches
+from vlprune.tasks._examples import is_best
 from vlprune.tasks._models import (
     device_of,
     encode_image,
@@ -61,7 +62,8 @@ class Classification:
     def batches(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Yield (image, label)."""
         for batch in self._loader:
-            yield pair_of(batch, "label")
+            image, label = fields(batch, "image", "label")
+            yield image, label
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the mean cross entropy of one batch."""
@@ -79,8 +81,7 @@ class Classification:
         """Return 100 for every image [N] whose class alone has the best score, 0 for others."""
         (scores,) = outputs
         labels = check_labels(targets.to(scores.device), scores.shape[1])
-        own = scores.gather(1, labels[:, None])
-        return 100 * ((scores < own).sum(1) == scores.shape[1] - 1).double()
+        return 100 * is_best(scores, labels).double()
 
     def losses(self, model: nn.Module, outputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
         """Return the cross entropy of every image [B]."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vlprune.calls import Inputs, quiet_eval
 from vlprune.registry import TASKS
-from vlprune.tasks._batches import check_labels, check_repeatable, first_of, no_batches, pair_of
+from vlprune.tasks._batches import check_labels, check_repeatable, fields, first_of, no_batches
 from vlprune.tasks._models import device_of, predictions_of, wide
 
 _IMAGES = 64  # at a time, where all are given
@@ -80,7 +80,8 @@ class Segmentation:
     def batches(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Yield (image, label)."""
         for batch in self._loader:
-            yield pair_of(batch, "label")
+            image, label = fields(batch, "image", "label")
+            yield image, label
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the mean cross entropy of the images of a batch."""
@@ -124,14 +125,17 @@ class Segmentation:
 
     def confusion(self, model: nn.Module) -> Confusion:
         """Return the confusion matrix of all batches."""
-        total: Tensor | None = None
+        return Confusion(counts=self.confusions(model).counts.sum(0))
+
+    def confusions(self, model: nn.Module) -> Confusion:
+        """Return the confusion matrix of every image [N, C, C + 1]."""
         with torch.no_grad(), quiet_eval(model):
-            for batch in self.batches():
-                counts = self._counts(*self.outputs(model, batch), batch[1]).sum(0)
-                total = counts if total is None else total + counts
-        if total is None:
+            counts = [
+                self._counts(*self.outputs(model, batch), batch[1]) for batch in self.batches()
+            ]
+        if not counts:
             raise no_batches("Segmentation")
-        return Confusion(counts=total)
+        return Confusion(counts=torch.cat(counts))
 
     def example_inputs(self, model: nn.Module) -> Inputs:
         """Return one image."""

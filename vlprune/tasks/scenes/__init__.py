@@ -1,5 +1,8 @@
-"""The data set that ships: scenes of clothes on a 3x3 grid, their captions, and a small CLIP."""
+"""The data set that ships: scenes of clothes on a 3x3 grid, texts and labels, small models."""
 
+from vlprune.tasks.scenes.blip import blip_tokenizer as blip_tokenizer
+from vlprune.tasks.scenes.blip import build_scenes_blip as build_scenes_blip
+from vlprune.tasks.scenes.blip import load_scenes_blip as load_scenes_blip
 from vlprune.tasks.scenes.captions import CLASS_NAMES as CLASS_NAMES
 from vlprune.tasks.scenes.captions import PLACES as PLACES
 from vlprune.tasks.scenes.data import IMAGE_MEAN as IMAGE_MEAN
@@ -8,8 +11,25 @@ from vlprune.tasks.scenes.data import PlacedObject as PlacedObject
 from vlprune.tasks.scenes.data import Scene as Scene
 from vlprune.tasks.scenes.data import Scenes as Scenes
 from vlprune.tasks.scenes.data import loader as loader
+from vlprune.tasks.scenes.deit import build_scenes_deit as build_scenes_deit
+from vlprune.tasks.scenes.deit import load_scenes_deit as load_scenes_deit
 from vlprune.tasks.scenes.items import Items as Items
 from vlprune.tasks.scenes.items import load_items as load_items
+from vlprune.tasks.scenes.labels import SEGMENT_NAMES as SEGMENT_NAMES
+from vlprune.tasks.scenes.labels import classification_loader as classification_loader
+from vlprune.tasks.scenes.labels import place_loader as place_loader
+from vlprune.tasks.scenes.labels import place_prompts as place_prompts
+from vlprune.tasks.scenes.labels import segmentation_loader as segmentation_loader
 from vlprune.tasks.scenes.model import build_scenes_clip as build_scenes_clip
 from vlprune.tasks.scenes.model import load_scenes_clip as load_scenes_clip
+from vlprune.tasks.scenes.questions import ANSWERS as ANSWERS
+from vlprune.tasks.scenes.questions import Question as Question
+from vlprune.tasks.scenes.questions import Questions as Questions
+from vlprune.tasks.scenes.questions import answer_tokens as answer_tokens
+from vlprune.tasks.scenes.questions import question_loader as question_loader
+from vlprune.tasks.scenes.segmenter import build_scenes_segmenter as build_scenes_segmenter
+from vlprune.tasks.scenes.segmenter import load_scenes_segmenter as load_scenes_segmenter
+from vlprune.tasks.scenes.statements import Statement as Statement
+from vlprune.tasks.scenes.statements import Statements as Statements
+from vlprune.tasks.scenes.statements import statement_loader as statement_loader
 from vlprune.tasks.scenes.tokenizer import Tokenizer as Tokenizer

@@ -4,7 +4,7 @@ Nothing is stored but the items: a million scenes cost no memory, and the i-th s
 on how many there are. Other tasks (questions, segmentation) read `Scenes.scene`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vlprune.tasks.scenes.batching import Batch, batches_of
 from vlprune.tasks.scenes.captions import CLASS_NAMES, PLACES, caption
 from vlprune.tasks.scenes.items import Split, load_items
 from vlprune.tasks.scenes.layout import GRID, Layout, draw_layout, paint
@@ -68,12 +69,19 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
         split: Which items are used, "train" or "test".
         count: How many scenes.
         seed: Which scenes; equal seeds and indices give equal scenes, whatever the count.
+        tokenizer: Of the captions; default: that of `scenes-clip`.
 
     Raises:
         ValueError: There is no such split, or `count` or `seed` is negative.
     """
 
-    def __init__(self, split: Split = "train", count: int = 1000, seed: int = 0) -> None:
+    def __init__(
+        self,
+        split: Split = "train",
+        count: int = 1000,
+        seed: int = 0,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         for name, value in (("count", count), ("seed", seed)):
             if value < 0:
                 raise ValueError(f"{name} of Scenes must be 0 or more; got {value}.")
@@ -81,7 +89,7 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
         self.count = count
         self.seed = seed
         self.items = load_items(split)
-        self.tokenizer = Tokenizer()
+        self.tokenizer = tokenizer or Tokenizer()
 
     def __len__(self) -> int:
         return self.count
@@ -94,9 +102,12 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
     def batch(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
         """Images `[B, 3, 96, 96]`, float32, and tokens `[B, 32]`, int64."""
         layout = self.layout(indices)
-        pixels = self.items.images[layout.item[layout.present]]
         texts = [scene.caption for scene in self.scenes_of(layout)]
-        return normalise(paint(layout, pixels)), self.tokenizer.tokenize(texts)
+        return self.pictures(layout), self.tokenizer.tokenize(texts)
+
+    def pictures(self, layout: Layout) -> Tensor:
+        """Images `[B, 3, 96, 96]`, float32, of a layout."""
+        return normalise(paint(layout, self.items.images[layout.item[layout.present]]))
 
     def scene(self, index: int) -> Scene:
         """What stands where in one scene."""
@@ -144,15 +155,26 @@ def normalise(pictures: NDArray[np.uint8]) -> Tensor:
     return grey.unsqueeze(1).repeat(1, 3, 1, 1)
 
 
-def loader(split: Split, count: int, seed: int, batch_size: int) -> list[dict[str, Tensor]]:
+def loader(
+    split: Split,
+    count: int,
+    seed: int,
+    batch_size: int,
+    tokenizer: Tokenizer | None = None,
+    *,
+    stream: bool = False,
+) -> Sequence[Batch]:
     """Batches {"image": [B, 3, 96, 96], "text": [B, 32]} in order; the last may be smaller.
 
-    A list, since calibration reads it many times; it holds 110 KB a scene.
+    A list, or a stream that makes each batch when it is asked for, see `batching.py`.
     """
-    scenes = Scenes(split, count, seed)
-    starts = range(0, count, batch_size)
-    batches = (scenes.batch(range(s, min(s + batch_size, count))) for s in starts)
-    return [{"image": images, "text": tokens} for images, tokens in batches]
+    scenes = Scenes(split, count, seed, tokenizer)
+
+    def make(indices: range) -> Batch:
+        images, tokens = scenes.batch(indices)
+        return {"image": images, "text": tokens}
+
+    return batches_of(make, count, batch_size, stream=stream)
 
 
 def _placed(label: int, cell: int, item: int, top: int, left: int) -> PlacedObject:

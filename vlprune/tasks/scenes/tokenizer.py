@@ -1,7 +1,8 @@
-"""A word-level tokenizer for captions of scenes: 30-odd words, no file, nothing to download.
+"""A word-level tokenizer for texts about scenes: a few dozen words, no file, nothing to download.
 
 Ids: 0 pads, 1 starts, the words follow in order, and END is the largest, since open_clip pools a
-text at the position of its largest id.
+text at the position of its largest id. By default the words are those of captions; questions and
+statements need `words.scene_words()`.
 """
 
 import difflib
@@ -16,11 +17,14 @@ from vlprune.tasks.scenes.captions import caption_words
 CONTEXT_LENGTH = 32
 PAD, START = 0, 1
 
-_WORD = re.compile(r",|[^\s,]+")
+_WORD = re.compile(r"[,?]|[^\s,?]+")
 
 
 class Tokenizer:
-    """Maps captions to token ids and back.
+    """Maps texts to token ids and back.
+
+    Args:
+        words: All that a text can hold; default: the words of captions.
 
     Example:
         >>> tokenizer = Tokenizer()
@@ -28,8 +32,8 @@ class Tokenizer:
         ['a bag top left, trousers right']
     """
 
-    def __init__(self) -> None:
-        self.words = caption_words()
+    def __init__(self, words: Sequence[str] | None = None) -> None:
+        self.words = caption_words() if words is None else tuple(words)
         self._id_of = {word: START + 1 + place for place, word in enumerate(self.words)}
         self.end = START + 1 + len(self.words)
         self.vocab_size = self.end + 1
@@ -72,4 +76,4 @@ class Tokenizer:
 
     def _text(self, ids: list[int]) -> str:
         words = [self.words[i - START - 1] for i in ids if START < i < self.end]
-        return " ".join(words).replace(" ,", ",")
+        return " ".join(words).replace(" ,", ",").replace(" ?", "?")
