@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from vlprune.calls import Call, calls_of, map_tensors, run, tensors_of
 from vlprune.cost import count_params
 from vlprune.cutting import cut_
 from vlprune.dissect import default_inputs
+from vlprune.metrics import HardConcrete, UPop
 from vlprune.tasks import CallableTask
 
 CUDA = torch.device("cuda")
@@ -129,6 +131,42 @@ def test_metrics_run_under_autocast() -> None:
         for axis in a.anatomy.select(("head",)).axes:
             x, y = torch.tensor(a.values[axis.name]), torch.tensor(b.values[axis.name])
             assert float((x - y).norm() / x.norm()) < 0.2, (metric, axis.name)
+
+
+@pytest.mark.parametrize("kind", [UPop, HardConcrete])
+@pytest.mark.parametrize("name", ["open_clip", "deit", "BlipForQuestionAnswering"])
+def test_learned_masks_stay_on_the_device(name: str, kind: Any) -> None:
+    real, anatomy = dissected(name)
+    model = copy.deepcopy(real)
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.to(CUDA)
+        if hasattr(model, "tie_weights"):
+            model.tie_weights()
+        masks = kind(model, anatomy, budget={"params": 0.75}, steps=4)
+        with masks:
+            for gate_name, gate in masks.gates.values.items():
+                masks._set(gate_name, torch.rand(len(gate)))  # what is decided lies on the CPU
+            assert loss(model, moved(inputs_of(real), CUDA)).requires_grad
+            assert {gate.device.type for gate in masks.gates.values.values()} == {"cuda"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [UPop, HardConcrete])
+def test_a_search_on_a_gpu_makes_the_plan_of_a_cpu(kind: Any) -> None:
+    real, anatomy = dissected("deit")
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    plans = []
+    for device in ("cpu", "cuda"):
+        model = copy.deepcopy(real).to(device)
+        with kind(model, anatomy, budget={"params": 0.6}, steps=4) as masks:
+            for _ in range(4):
+                model(images.to(device)).square().mean().backward()
+                masks.update()
+                model.zero_grad()
+                masks.step()
+        plans.append(masks.plan())
+    assert plans[0].keep == plans[1].keep
 
 
 @pytest.mark.gpu

@@ -1,6 +1,10 @@
 """Masks that are learnt: what is searched is what is cut, whatever loop they are learnt in."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +26,7 @@ from vlprune.metrics import HardConcrete, UPop
 from vlprune.metrics.hard_concrete import stretched
 from vlprune.metrics.upop import shrinkage
 from vlprune.recover.finetune import Training, fit
+from vlprune.recover.listening import listening_to_outputs
 
 DRAW = torch.Generator().manual_seed(0)
 X = torch.randn(32, 3, 32, 32, generator=DRAW)
@@ -92,7 +97,14 @@ def test_masks_shrink_as_the_paper_says() -> None:
     assert shares == pytest.approx([0, 0.156, 0.383, 0.707, 0.924, 0.988, 1], abs=6e-4)
     original, anatomy = dissected("deit")
     model = clone(original)
-    with UPop(model, anatomy, budget={"params": 0.6}, steps=8, interval=2) as masks:
+    with UPop(
+        model,
+        anatomy,
+        budget={"params": 0.6},
+        steps=8,
+        interval=2,
+        strategies=("head", "ffn"),  # a mask of dimensions is squared on queries and keys
+    ) as masks:
         search(model, masks, 4)
         values = torch.cat(list(masks.gates.values.values()))
         assert sorted(set(values.tolist())) == pytest.approx([1 - math.sqrt(0.5), 1.0])
@@ -199,12 +211,147 @@ def test_fit_moves_masks_along() -> None:
     assert masks._count == 8
 
 
+RANKS = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from test_learned_masks import BATCHES, HardConcrete, Training, UPop, fit, half_plan, loss
+import torch.distributed as dist
+for kind in (UPop, HardConcrete):
+    masks, model = half_plan(kind)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    torch.save(masks.state_dict(), f"{sys.argv[1]}/{kind.__name__}{rank}.pt")
+    open(f"{sys.argv[1]}/{kind.__name__}{rank}.txt", "w").write(masks.plan().digest)
+dist.destroy_process_group()
+"""
+
+
+def half_plan(kind: Any, accumulate: int = 1) -> tuple[Any, nn.Module]:
+    """Masks that have searched for eight steps of `accumulate` batches in every process."""
+    original, anatomy = dissected("deit")
+    model = clone(original)
+    options = {"interval": 2} if kind is UPop else {"lr": 0.3}
+    with kind(model, anatomy, budget={"params": 0.6}, steps=8, **options) as masks:
+        training = Training(steps=8, lr=1e-3, accumulate=accumulate)
+        fit(model, loss, BATCHES, training, masks=masks)
+    return masks, model
+
+
+def test_two_ranks_learn_the_masks_of_one_with_the_same_global_batch(tmp_path: Path) -> None:
+    script = tmp_path / "search.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", str(script), str(tmp_path), str(Path(__file__).parent)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run(command, check=True, env=environment, timeout=300, capture_output=True)
+    for kind in (UPop, HardConcrete):
+        one, two = (torch.load(tmp_path / f"{kind.__name__}{rank}.pt") for rank in (0, 1))
+        assert _equal(one, two)
+        alone, _ = half_plan(kind, accumulate=2)
+        digest = alone.plan().digest
+        assert {(tmp_path / f"{kind.__name__}{r}.txt").read_text() for r in (0, 1)} == {digest}
+        row = "sums" if kind is UPop else "log_alpha"
+        for name, value in alone.state_dict()[row].items():
+            torch.testing.assert_close(one[row][name], value, rtol=1e-3, atol=1e-5)
+
+
+def _equal(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(_equal(one[key], two[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(_equal, one, two))
+    return bool(one == two)
+
+
+def test_autocast_adds_up_all_steps_as_float32_does() -> None:
+    """In the authors' code half precision leaves the last batch's gradient alone."""
+    original, anatomy = dissected("deit")
+    sums: dict[str, Tensor] = {}
+    for precision in ("float32", "bf16"):
+        model = clone(original)
+        with UPop(model, anatomy) as masks:
+            training = Training(steps=4, lr=1e-5, precision=precision)  # type: ignore[arg-type]
+            fit(model, loss, BATCHES, training, masks=masks)
+        sums[precision] = torch.cat(list(masks._sums.values()))
+    model = clone(original)
+    with UPop(model, anatomy) as masks:
+        loss(model, BATCHES[-1]).backward()
+        masks.update()
+        masks.step()
+    last = torch.cat(list(masks._sums.values()))
+
+    def alike(a: Tensor, b: Tensor) -> float:
+        return float(F.cosine_similarity(a, b, dim=0))
+
+    assert alike(sums["float32"], sums["bf16"]) > 0.99
+    assert alike(sums["float32"], last) < 0.9
+    plans = []
+    for precision in ("float32", "bf16"):
+        model = clone(original)
+        with UPop(model, anatomy, budget={"params": 0.6}, steps=8, interval=2) as masks:
+            training = Training(steps=8, lr=1e-4, precision=precision)  # type: ignore[arg-type]
+            fit(model, loss, BATCHES, training, masks=masks)
+        plans.append(masks.plan().keep)
+    one, other = ({(name, u) for name, row in plan.items() for u in row} for plan in plans)
+    assert len(one ^ other) <= 0.05 * len(one)  # units whose sums rounding tells apart
+
+
 def test_compiled_models_are_refused_and_attached_ones_compile() -> None:
     original, anatomy = dissected("deit")
     model = clone(original)
     compiled = torch.compile(model, backend="eager")
     with pytest.raises(UnsupportedModelError, match=r"attached before torch\.compile"):
         UPop(compiled, anatomy)
+    plain, inside = clone(original), clone(original)
+    with UPop(plain, anatomy) as one, UPop(inside, anatomy) as other:
+        fast = torch.compile(inside, backend="aot_eager")
+        for batch in BATCHES[:2]:  # the second with masks that are no longer all ones
+            for masks, net in ((one, plain), (other, fast)):
+                loss(net, batch).backward()
+                masks.update()
+                masks.step()
+                for gate in masks.gates.values.values():
+                    with torch.no_grad():
+                        gate.copy_(torch.linspace(0.2, 1.0, len(gate)))
+    for name, row in one._sums.items():
+        assert float(row.abs().max()) > 0
+        torch.testing.assert_close(other._sums[name], row, rtol=1e-3, atol=1e-6)
+
+
+def test_the_mask_of_each_fusion_layer_acts_on_that_layer() -> None:
+    """In the authors' code the masks of text layers act there, and the last have no gradient."""
+    original, anatomy = dissected("BlipForQuestionAnswering")
+    model, crosses = clone(original), [a for a in anatomy.axes if a.tower == "fusion"]
+    crosses = [axis for axis in crosses if axis.kind == "head"]
+    inputs = calls_of(default_inputs(model, batch=2))
+    assert len(crosses) == 2
+    with HardConcrete(model, anatomy, budget={"prunable_params": 0.7}, steps=4) as masks:
+        for axis in crosses:
+            for gate in masks.gates.values.values():
+                with torch.no_grad():
+                    gate.fill_(1)
+            open_ = _answers(model, crosses, inputs)
+            with torch.no_grad():
+                masks.gates.values[axis.name][1] = 0
+            closed = _answers(model, crosses, inputs)
+            same = [torch.equal(a, b) for a, b in zip(open_, closed, strict=True)]
+            assert same == [other.depth < axis.depth for other in crosses]
+        for gate in masks.gates.values.values():
+            with torch.no_grad():
+                gate.fill_(1)
+        any_loss(model, list(inputs)).backward()
+        for axis in crosses:
+            assert float(masks.gates.values[axis.name].grad.abs().min()) > 0
+
+
+def _answers(model: nn.Module, axes: list[Any], inputs: Any) -> list[Tensor]:
+    """What the attentions of axes answer, with their output projections."""
+    paths = [axis.path.rpartition(".")[0] for axis in axes]
+    with torch.no_grad(), listening_to_outputs(model, paths) as heard:
+        for call in inputs:
+            run(model, call)
+    return [heard[path][0] for path in paths]
 
 
 @pytest.mark.parametrize("name", list(zoo.MAKERS))

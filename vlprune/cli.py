@@ -1,4 +1,4 @@
-"""The command line: inspect, score, plan, prune, verify, list, demo.
+"""The command line: inspect, score, plan, prune, verify, recipe, zoo, list, demo.
 
 MODEL is open_clip:NAME, timm:NAME, hf:FOLDER, scenes-..., or a folder saved by vlprune. What a
 user can get wrong ends in a message and exit code 2; a model that breaks the law in exit code 1.
@@ -15,24 +15,26 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from vlprune import registry
-from vlprune.errors import LawError, TraceError, UnknownNameError
+from vlprune.console import (
+    default_task,
+    err,
+    literal,
+    make_model,
+    make_task,
+    out,
+    pairs,
+    progress,
+    say,
+)
+from vlprune.errors import LawError, TraceError
 
 app = typer.Typer(
     add_completion=False,
@@ -41,8 +43,6 @@ app = typer.Typer(
     help="Structured pruning for vision-language transformers: weights, not tokens.",
 )
 _TELL_SECONDS = 20.0
-out = Console()
-err = Console(stderr=True)
 
 Model = Annotated[
     str, typer.Argument(help="open_clip:NAME, timm:NAME, hf:FOLDER, scenes-... or a saved folder")
@@ -84,7 +84,7 @@ def inspect(
     import vlprune
     from vlprune.report import anatomy_table
 
-    made = _model(model, pretrained, device)
+    made = make_model(model, pretrained, device)
     anatomy = vlprune.dissect(made)
     verdicts = _verdicts(made, anatomy) if graph else {}
     out.print(anatomy_table(anatomy))
@@ -165,8 +165,8 @@ def score(
     """Score every unit of a model by a metric; under torchrun the ranks share the work of mope."""
     from vlprune.store import write_json
 
-    dense = _model(model, pretrained, device)
-    task = task or _default_task(model)
+    dense = make_model(model, pretrained, device)
+    task = task or default_task(model)
     options = _ablation_options(store, shard, units_per_batch, adaptive, plan_so_far)
     with _ranks(device) as rank:
         scores = _score(dense, metric, task, examples, strategies, settings, seed, options)
@@ -202,9 +202,9 @@ def _ablation_options(
         number = units_per_batch
         options["copies"] = "auto" if number == "auto" else int(number)
     if adaptive:
-        options["adaptive"] = _pairs([adaptive], "adaptive", float)
+        options["adaptive"] = pairs([adaptive], "adaptive", float)
     if plan_so_far:
-        options["watch"] = _teller(_pairs([plan_so_far], "plan-so-far", float))
+        options["watch"] = _teller(pairs([plan_so_far], "plan-so-far", float))
     return options
 
 
@@ -259,11 +259,11 @@ def plan(
 
     chosen = vlprune.plan(
         read_scores(scores),
-        _pairs(budget, "budget", float),
+        pairs(budget, "budget", float),
         allocation,
         min_units=min_units,
         within=read_scores(within) if within else None,
-        **_pairs(options, "with", _literal),
+        **pairs(options, "with", literal),
     )
     write_json(chosen, to)
     if picture:
@@ -306,15 +306,15 @@ def prune(
     from vlprune.store import check_target, read_plan
 
     check_target(to)
-    dense = _model(model, pretrained, device)
-    task = task or _default_task(model)
-    data = _task(task, dense, examples, seed)
+    dense = make_model(model, pretrained, device)
+    task = task or default_task(model)
+    data = make_task(task, dense, examples, seed)
     repaired = data is not None if repair is None else repair
     if repaired and data is None:
         raise ValueError("repair must be given a task; got none. Add --task, or --no-repair.")
     if plan_file:
         chosen = read_plan(plan_file)
-        with _progress() as stage:
+        with progress() as stage:
             small = (
                 vlprune.repair(dense, chosen, data, progress=stage("repair"))
                 if repaired
@@ -325,14 +325,14 @@ def prune(
             dense,
             data,
             metric,
-            _pairs(budget, "budget", float),
+            pairs(budget, "budget", float),
             allocation=allocation,
             strategies=tuple(strategies.split(",")),
             steps=steps,
             repaired=repaired,
             min_units=min_units,
             settings=_settings_of(metric, settings, seed),
-            options=_pairs(options, "with", _literal),
+            options=pairs(options, "with", literal),
         )
     for made in record_of(small).plans:
         _show_plan(made)
@@ -366,12 +366,68 @@ def verify(
             made["spec"], pretrained=made["pretrained"], **made["arguments"]
         )
     elif original:
-        dense = _model(original, pretrained, "cpu")
+        dense = make_model(original, pretrained, "cpu")
     else:
         out.print("original its weights are unknown; give --original MODEL to check masked = cut")
         return
     error = vlprune.verify(dense, small)
     out.print(f"proven   the masked original computes what this model computes, to {error:.1e}")
+
+
+@app.command()
+def recipe(
+    name: Annotated[str, typer.Argument(help="upop or efficientvlm.")],
+    preset: Annotated[str, typer.Option(help="Of the recipe; a wrong one lists them.")] = "",
+    to: Annotated[
+        Path, typer.Option("--out", help="Folder: states to go on from, and the model.")
+    ] = Path("vlprune-recipe"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what will happen and cost, and stop.")
+    ] = False,
+    model: Annotated[str, typer.Option(help="Another MODEL than the preset's.")] = "",
+    task: TaskName = "",
+    settings: Annotated[
+        list[str], typer.Option("--set", help="Change a value of the preset, key=value.")
+    ] = [],  # noqa: B006  # as above
+    pretrained: Pretrained = "",
+    device: Device = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """Run a paper from end to end on a model and a task; run again to go on."""
+    import vlprune
+    from vlprune import recipes
+    from vlprune.cost import count_params
+    from vlprune.recipes import _stages
+
+    program = recipes.load(name)
+    chosen = recipes.change(recipes.preset_of(name, preset), pairs(settings, "set", literal))
+    spec = model or chosen.model
+    if not spec:
+        raise ValueError(f"model must be given: no library has that of {preset!r}. Add --model.")
+    dense = make_model(spec, pretrained or ("" if spec.startswith("scenes") else "yes"), device)
+    data = make_task(task, dense, chosen.examples, seed) or chosen.task(seed)
+    title = f"{name} {preset}: {spec}, {data.name}"
+    out.print(_stages.table(program.stages(dense, data, chosen), title, f"from {chosen.source}"))
+    if dry_run:
+        return
+    recipes.claim(
+        to, {"recipe": name, "preset": preset, "set": settings, "model": spec, "seed": seed}
+    )
+    with progress() as stage:
+        done = program.run(dense, data, chosen, folder=to / "states", seed=seed, progress=stage)
+    for plan in done.plans:
+        _show_plan(plan)
+    vlprune.save_pretrained(done.model, to / "model")
+    out.print(f"achieved {count_params(done.model):,} params of {count_params(dense):,}")
+    if chosen.data:
+        from vlprune.shipped import SHIPPED
+
+        test = SHIPPED[chosen.data].task("test", 1000, 0, 250)
+        say(
+            f"measure  {test.measure(done.model):.1f} of {test.measure(dense):.1f} on 1,000 test "
+            f"scenes ({test.name})"
+        )
+    say(f"saved    {to / 'model'}")
 
 
 @app.command(name="list")
@@ -410,18 +466,13 @@ def demo(
     torch.manual_seed(seed)
     test = Retrieval(loader("test", 1000, seed, 250))
     calibration = Retrieval(loader("train", examples, seed + 1, 128))
-    with _progress() as stage:
+    with progress() as stage:
         result = run_demo(to, test, calibration, stage)
     out.print(demo_table(result))
     say(
         f"proven   masked = cut to {result.relative_error:.1e}; reloaded recall mean "
         f"{result.reloaded_recall:.1f}\nmodel    {result.folder}\npicture  {result.picture}"
     )
-
-
-def say(text: str) -> None:
-    """Print plain text, as long as it is: names and paths may hold anything."""
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -447,22 +498,6 @@ def _escape(text: str) -> str:
     return escape(text)
 
 
-def _model(spec: str, pretrained: str, device: str) -> Any:
-    import vlprune
-
-    weights: str | bool | None = pretrained or None
-    if pretrained in ("yes", "no"):
-        weights = pretrained == "yes"
-    model = vlprune.create_model(spec, pretrained=weights)
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"device must be one of this machine's; got {device!r}: {reason}"
-        ) from error
-
-
 def _score(
     model: Any,
     metric: str,
@@ -480,11 +515,11 @@ def _score(
     torch.manual_seed(seed)
     options = {**_settings_of(metric, settings, seed), **(given or {})}
     _check_task(metric, task)
-    with _progress() as stage:
+    with progress() as stage:
         return vlprune.score(
             model,
             metric,
-            _task(task, model, examples, seed),
+            make_task(task, model, examples, seed),
             strategies=tuple(strategies.split(",")),
             progress=stage(metric),
             **options,
@@ -493,14 +528,14 @@ def _score(
 
 def _settings_of(metric: str, settings: list[str], seed: int) -> dict[str, Any]:
     """Settings of a metric as given; a random one takes the seed."""
-    return {**({"seed": seed} if metric == "random" else {}), **_pairs(settings, "set", _literal)}
+    return {**({"seed": seed} if metric == "random" else {}), **pairs(settings, "set", literal)}
 
 
 def _check_task(metric: str, task: Any) -> None:
     if not task and registry.METRICS[metric].needs != "nothing":
         raise ValueError(
-            f"metric {metric!r} must be given a task; got none. Add --task scenes-clip for a model "
-            "that reads scenes, or --task module:function for your own data."
+            f"metric {metric!r} must be given a task; got none. Add --task with the name of a "
+            "shipped model, such as scenes-clip, or --task module:function for your own data."
         )
 
 
@@ -511,7 +546,7 @@ def _compress(
     import vlprune
 
     _check_task(metric, data)
-    with _progress() as stage:
+    with progress() as stage:
         return vlprune.compress(dense, data, budget, metric=metric, progress=stage, **options)
 
 
@@ -528,48 +563,6 @@ def _show_repairs(repairs: Sequence[Any]) -> None:
         )
 
 
-def _default_task(model: str) -> str:
-    from vlprune.shipped import SHIPPED
-
-    return model if model in SHIPPED else ""
-
-
-def _task(name: str, model: Any, examples: int, seed: int) -> Any:
-    if not name:
-        return None
-    from vlprune.shipped import SHIPPED
-
-    if name in SHIPPED:
-        return SHIPPED[name].task("train", examples, seed, 128)
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)(model)
-    except (ImportError, AttributeError) as error:
-        raise UnknownNameError(
-            f"task {name!r} must be {', '.join(SHIPPED)} or module:function; {error}."
-        ) from error
-
-
-def _pairs(entries: list[str], what: str, convert: Callable[[str], Any]) -> dict[str, Any]:
-    found = {}
-    for entry in entries:
-        key, equals, value = entry.partition("=")
-        try:
-            found[key] = convert(value)
-        except ValueError:
-            equals = ""
-        if not equals:
-            raise ValueError(f"--{what} must be key=value; got {entry!r}.")
-    return found
-
-
-def _literal(text: str) -> Any:
-    for convert in (int, float):
-        with contextlib.suppress(ValueError):
-            return convert(text)
-    return text
-
-
 def _show_plan(chosen: Any) -> None:
     from vlprune.plan import show_limit
     from vlprune.report import plan_table
@@ -582,32 +575,6 @@ def _show_plan(chosen: Any) -> None:
         dense, planned = dataclasses.asdict(chosen.dense), dataclasses.asdict(chosen.planned)
         shares = ", ".join(f"{k} {planned[k]:,} ({planned[k] / dense[k]:.1%})" for k in dense)
         out.print(f"planned  {shares}")
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Yield a function from a title to a progress callback (done, total), with an ETA."""
-    columns = (
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err) as bars:
-
-        def stage(title: str) -> Callable[[int, int], None]:
-            shown: list[Any] = []  # a bar appears with the first step, not before a failure
-
-            def step(done: int, total: int) -> None:
-                if not shown:
-                    shown.append(bars.add_task(title))
-                bars.update(shown[0], completed=done, total=total)
-
-            return step
-
-        yield stage
 
 
 if __name__ == "__main__":

@@ -103,11 +103,9 @@ def price(anatomy: Anatomy, keep: Keep) -> Cost:
 def _routed(anatomy: Anatomy, keep: Keep) -> dict[str, tuple[int, int]]:
     """Tensors with rows for every expert, the router's excepted -> experts now and before."""
     return {
-        site.tensor: (len(keep[axis.name]), axis.units)
-        for axis in anatomy.axes
-        if axis.gate.kind == "router" and keep.get(axis.name)
-        for site in axis.sites
-        if site not in axis.gate.sites
+        name: (len(keep[axis.name]), axis.units)
+        for name, axis in routed_tensors(anatomy).items()
+        if keep.get(axis.name)
     }
 
 
@@ -172,6 +170,22 @@ def absolute_budget(anatomy: Anatomy, budget: Mapping[str, float]) -> dict[str, 
         kind, target = _absolute(key, value, dense, least)
         limits[kind] = min(target, limits.get(kind, target))
     return limits
+
+
+def resource_of(budget: Mapping[str, float]) -> str:
+    """Return what units are priced in under a budget: "macs" where it limits only these."""
+    return "macs" if set(budget) == {"macs"} else "params"
+
+
+def routed_tensors(anatomy: Anatomy) -> dict[str, Axis]:
+    """Return tensors with rows for every expert, the router's excepted, and the experts' axis."""
+    return {
+        site.tensor: axis
+        for axis in anatomy.axes
+        if axis.gate.kind == "router"
+        for site in axis.sites
+        if site not in axis.gate.sites
+    }
 
 
 def _absolute(key: str, value: float, dense: Cost, least: Cost) -> tuple[str, int]:

@@ -9,20 +9,31 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from vlprune.anatomy import Anatomy, Axis, under
+from vlprune.anatomy import Anatomy, Axis, Operation, under
+from vlprune.cost import routed_tensors
+
+Number: TypeAlias = Tensor | float
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Cut:
-    """One axis in one dimension of a tensor: the unit of every row; rows of none have units U."""
+    """One axis in one dimension of a tensor.
+
+    Attributes:
+        axis: its name.
+        units: the unit of every row; rows of none have the number after the last.
+        counts: how many rows each unit has, and those of none [units + 1].
+    """
 
     axis: str
     units: Tensor
+    counts: Tensor
 
 
 class ExpectedCost:
@@ -39,79 +50,115 @@ class ExpectedCost:
         self.anatomy = anatomy
         self._sizes = {tensor.name: tensor.shape for tensor in anatomy.tensors}
         self._cuts: dict[str, dict[int, list[_Cut]]] = collections.defaultdict(dict)
+        known: dict[tuple[str, bytes], _Cut] = {}  # many tensors are cut alike: summed up once
         for axis in anatomy.axes:
             for name, dim, units in _places(axis, self._sizes):
-                cut = _Cut(axis.name, units.to(device))
-                self._cuts[name].setdefault(dim, []).append(cut)
+                key = axis.name, units.numpy().tobytes()
+                if key not in known:
+                    counts = torch.bincount(units, minlength=axis.units + 1).double()
+                    known[key] = _Cut(axis.name, units.to(device), counts.to(device))
+                self._cuts[name].setdefault(dim, []).append(known[key])
         scopes = [(axis, unit, path) for axis in anatomy.axes for unit, path in _scopes(axis)]
-        scopes += [(a, u, f"{path}.{u}") for a in anatomy.axes for path in a.lists for u in _of(a)]
         names = {tensor.name for tensor in anatomy.tensors} | {o.module for o in anatomy.operations}
         self._inside: dict[str, list[tuple[str, int]]] = {
             name: list({(axis.name, u): None for axis, u, path in scopes if under(name, path)})
             for name in names
         }
-        self._routed = {
-            site.tensor: axis.name
-            for axis in anatomy.axes
-            if axis.gate.kind == "router"
-            for site in axis.sites
-            if site not in axis.gate.sites
-        }
+        self._routed = {name: axis.name for name, axis in routed_tensors(anatomy).items()}
 
-    def __call__(self, stay: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(
+        self, stay: Mapping[str, Tensor], resources: Collection[str] = ("params", "macs")
+    ) -> dict[str, Tensor]:
         """Return "params" and "macs" of the whole model, scalars in float64.
 
         Args:
             stay: axis name to the probability [units] that each unit stays.
+            resources: which of the two.
         """
         stay = {name: row.double() for name, row in stay.items()}
-        sizes = {name: self._size(name, stay) for name in self._sizes}
-        some = next(iter(stay.values()))
-        params, macs = some.new_zeros(()), some.new_zeros(())
-        for tensor in self.anatomy.tensors:
-            if tensor.is_parameter:
-                params = params + sizes[tensor.name]
-        for operation in self.anatomy.operations:
-            share = some.new_ones(()) * operation.macs * self._kept(operation.module, stay)
-            for name in operation.tensors:
-                share = share * sizes[name] / max(math.prod(self._sizes[name]), 1)
-                if name in self._routed and self._routed[name] in stay:
-                    share = share / stay[self._routed[name]].mean().clamp_min(1e-30)
-            for name in operation.axes:
-                if name in stay:
-                    share = share * stay[name].mean()
-            macs = macs + share
-        return {"params": params, "macs": macs}
+        sizes = _Sizes(self._sizes, self._cuts, self._inside, stay)
+        zero = next(iter(stay.values())).new_zeros(())
+        found = {}
+        if "params" in resources:
+            parameters = [tensor.name for tensor in self.anatomy.tensors if tensor.is_parameter]
+            found["params"] = zero + sum(sizes.of(name) for name in parameters)
+        if "macs" in resources:
+            found["macs"] = zero + sum(self._macs(one, sizes) for one in self.anatomy.operations)
+        return found
 
-    def _size(self, name: str, stay: Mapping[str, Tensor]) -> Tensor:
+    def _macs(self, operation: Operation, sizes: _Sizes) -> Number:
+        share: Number = operation.macs * sizes.kept(operation.module)
+        for name in operation.tensors:
+            share = share * sizes.of(name) / max(math.prod(self._sizes[name]), 1)
+            if name in self._routed and self._routed[name] in sizes.stay:
+                share = share / sizes.mean(self._routed[name]).clamp_min(1e-30)
+        for name in operation.axes:
+            if name in sizes.stay:
+                share = share * sizes.mean(name)
+        return share
+
+
+class _Sizes:
+    """Expected numbers of tensors for one set of probabilities; each sum is made once.
+
+    What does not depend on a probability is a plain number.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        cuts: Mapping[str, Mapping[int, list[_Cut]]],
+        inside: Mapping[str, list[tuple[str, int]]],
+        stay: Mapping[str, Tensor],
+    ):
+        self.stay = stay
+        self._shapes, self._cuts, self._inside = shapes, cuts, inside
+        self._rows = {name: torch.cat([row, row.new_ones(1)]) for name, row in stay.items()}
+        self._sums: dict[int, Tensor] = {}
+        self._means: dict[str, Tensor] = {}
+        self._found: dict[str, Number] = {}
+
+    def of(self, name: str) -> Number:
         """Numbers of a tensor that are left."""
-        size = self._kept(name, stay)
-        cuts = self._cuts.get(name, {})
-        for dim, whole in enumerate(self._sizes[name]):
-            rows = [
-                torch.cat([stay[c.axis], size.new_ones(1)])[c.units]
-                for c in cuts.get(dim, ())
-                if c.axis in stay
-            ]
-            size = size * (math.prod(rows[1:], start=rows[0]).sum() if rows else whole)
-        return size
+        if name not in self._found:
+            size = self.kept(name)
+            cuts = self._cuts.get(name, {})
+            for dim, whole in enumerate(self._shapes[name]):
+                here = [cut for cut in cuts.get(dim, ()) if cut.axis in self.stay]
+                size = size * (self._left(here) if here else whole)
+            self._found[name] = size
+        return self._found[name]
 
-    def _kept(self, name: str, stay: Mapping[str, Tensor]) -> Tensor:
+    def kept(self, name: str) -> Number:
         """The probability that a tensor or module is there at all."""
-        some = next(iter(stay.values()))
-        factors = [stay[axis][unit] for axis, unit in self._inside.get(name, ()) if axis in stay]
-        return torch.stack(factors).prod() if factors else some.new_ones(())
+        pairs = [pair for pair in self._inside.get(name, ()) if pair[0] in self.stay]
+        if not pairs:
+            return 1.0
+        return torch.stack([self.stay[axis][unit] for axis, unit in pairs]).prod()
 
+    def mean(self, axis: str) -> Tensor:
+        """The mean probability of an axis."""
+        if axis not in self._means:
+            self._means[axis] = self.stay[axis].mean()
+        return self._means[axis]
 
-def _of(axis: Axis) -> range:
-    return range(axis.units)
+    def _left(self, cuts: list[_Cut]) -> Tensor:
+        """Rows that are left in a dimension that these axes cut, each on its own."""
+        if len(cuts) > 1:
+            rows = [self._rows[cut.axis][cut.units] for cut in cuts]
+            return math.prod(rows[1:], start=rows[0]).sum()
+        (cut,) = cuts
+        if id(cut) not in self._sums:
+            self._sums[id(cut)] = self._rows[cut.axis] @ cut.counts
+        return self._sums[id(cut)]
 
 
 def _scopes(axis: Axis) -> list[tuple[int, str]]:
-    """(unit, path) of what vanishes with a unit."""
+    """(unit, path) of what vanishes with a unit: layers, halves, experts in lists."""
+    listed = [(unit, f"{path}.{unit}") for path in axis.lists for unit in range(axis.units)]
     if axis.removal == "slice":
-        return []
-    return [(unit, path) for unit, paths in enumerate(axis.scopes) for path in paths]
+        return listed
+    return [(unit, path) for unit, paths in enumerate(axis.scopes) for path in paths] + listed
 
 
 def _places(axis: Axis, sizes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, int, Tensor]]:

@@ -27,6 +27,13 @@ from vlprune.layout import resolve
 Tap = Callable[[Axis, int | None, Tensor, Tensor | None], None]
 
 
+def zeros_and_ones(units: Sequence[int], like: Tensor) -> Tensor:
+    """Return 1 for these units and 0 for all others, [units] as `like`, in its type."""
+    value = torch.zeros_like(like, requires_grad=False)
+    value[list(units)] = 1
+    return value
+
+
 class Gates:
     """Gates on axes of a model, on while the context is entered.
 
@@ -100,12 +107,9 @@ class Gates:
                     f"axis {name!r} must have a gate here; there are none of that "
                     "name. Make the plan again with vlprune.plan."
                 )
-            everything = len(units) == len(self._ones[name])
-            value = torch.full_like(self._ones[name], float(everything))
-            if everything:
+            value = zeros_and_ones(units, self._ones[name])
+            if len(units) == len(value):
                 self._ones[name] = value
-            else:
-                value[list(units)] = 1
             self.values[name] = value
 
     def sample_gradients(self) -> list[tuple[str, int | None, Tensor]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlprune.ablation.removals import Removal
 from vlprune.anatomy import Anatomy
-from vlprune.cost import absolute_budget, fits, price
+from vlprune.cost import absolute_budget, fits, price, resource_of
 
 _FEWEST = 8  # examples before anything is said
 _AROUND = 2  # removals on either side of the cut that stand for it
@@ -40,7 +40,7 @@ class Adaptive:
             raise ValueError(f"error_rate must be between 0 and 1; got {error_rate}.")
         self._anatomy = anatomy
         self._limits = absolute_budget(anatomy, budget)
-        self._resource = "macs" if set(budget) == {"macs"} else "params"
+        self._resource = resource_of(budget)
         self._error_rate = error_rate
         self._dense = price(anatomy, {})
         self._costs: dict[Removal, int] = {}

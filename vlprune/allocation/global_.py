@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from vlprune.cost import resource_of
 from vlprune.plan import Scores
 from vlprune.ranking import keep_within, savings
 from vlprune.registry import ALLOCATIONS
@@ -29,8 +30,7 @@ def global_ranking(
     Raises:
         BudgetError: if the budget cannot be met.
     """
-    resource = "macs" if set(budget) == {"macs"} else "params"
-    saved = savings(scores.anatomy, resource)
+    saved = savings(scores.anatomy, resource_of(budget))
     worth = [
         np.asarray(scores.values[axis.name]) / np.maximum(saved[axis.name], 1)
         for axis in scores.anatomy.axes

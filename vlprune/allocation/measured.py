@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from vlprune.cost import resource_of
 from vlprune.errors import PlanError
 from vlprune.plan import Scores
 from vlprune.ranking import keep_within, ranks, savings
@@ -41,8 +42,7 @@ def measured(
         PlanError: if an axis has no curve.
     """
     curves = scores if curves is None else curves
-    resource = "macs" if set(budget) == {"macs"} else "params"
-    saved = savings(scores.anatomy, resource)
+    saved = savings(scores.anatomy, resource_of(budget))
     worth = []
     for axis in scores.anatomy.axes:
         steps = curves.values.get(axis.name)

@@ -35,6 +35,7 @@ from vlprune.anatomy import Anatomy
 from vlprune.calls import Inputs
 from vlprune.cost import absolute_budget, dense_cost, least_cost
 from vlprune.expected import ExpectedCost
+from vlprune.gates import zeros_and_ones
 from vlprune.metrics._base import DEFAULT_STRATEGIES
 from vlprune.metrics._learned import LearnedMasks
 from vlprune.plan import Scores
@@ -147,9 +148,8 @@ class HardConcrete(LearnedMasks):
             for name, row in self.probabilities().items():
                 stay = row.detach()
                 gone = round(len(stay) - float(stay.sum()))
-                mask = torch.ones(len(stay))
-                mask[self.log_alpha[name].detach().argsort(stable=True)[:gone]] = 0
-                self._set(name, mask)
+                order = self.log_alpha[name].detach().argsort(stable=True).tolist()
+                self._set(name, zeros_and_ones(order[gone:], stay))
         try:
             yield
         finally:
@@ -189,7 +189,7 @@ class HardConcrete(LearnedMasks):
 
     def _removed(self) -> dict[str, Tensor]:
         assert self._expected is not None
-        cost = self._expected(self.probabilities())
+        cost = self._expected(self.probabilities(), self._range)
         return {
             key: (dense - cost[key]) / max(dense - least, 1)
             for key, (dense, least) in self._range.items()
@@ -215,9 +215,7 @@ class HardConcrete(LearnedMasks):
             self._draw()
             return
         for name, units in self._keep().items():
-            mask = torch.zeros(len(self.log_alpha[name]))
-            mask[list(units)] = 1
-            self._set(name, mask)
+            self._set(name, zeros_and_ones(units, self.log_alpha[name]))
 
     def _keep(self) -> dict[str, tuple[int, ...]]:
         """The units of the largest log a that the budget allows, in one ranking."""

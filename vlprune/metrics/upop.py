@@ -6,10 +6,11 @@ descent would have driven down most goes first. As many units as the schedule as
 with the value 1 - s, all others with 1, where s = sqrt((1 - cos(pi t / T)) / 2) rises from 0 to 1:
 at the end masks are 0 or 1 and the searched model is the cut one.
 
-`units="cost"` prices every unit exactly and ends on the budget; `units="paper"` takes the units of
-the paper, one mask per dimension of heads shared by queries, keys, values and all heads, and the
-neurons. Instead of a budget it can be given the paper's `ratio`, a share of units that are weighted
-by kind. Cost: one number per unit, no pass over data of its own.
+Units are dimensions of heads, one mask for queries, keys, values and all heads of a layer, and
+neurons; with other `strategies` whole heads, halves or layers, too. `units="cost"` ranks them by
+the gradient per parameter (or MAC) that each saves, and ends on the budget; `units="paper"` ranks
+by z-scores within each structure and takes the paper's `ratio`, too, a share of units that are
+weighted by kind. Cost: one number per unit, no pass over data of its own.
 
 Source: Shi et al., UPop, ICML 2023 (2301.13741), algorithm 1. Differences: gradients are summed by
 this class, not by leaving them in `.grad`, so autocast, accumulation and several processes change
@@ -32,8 +33,9 @@ from torch import Tensor, nn
 
 from vlprune.anatomy import Anatomy, Axis
 from vlprune.calls import Inputs
-from vlprune.cost import absolute_budget, dense_cost
-from vlprune.metrics._base import DEFAULT_STRATEGIES
+from vlprune.cost import absolute_budget, dense_cost, resource_of
+from vlprune.dissect import dissect
+from vlprune.gates import zeros_and_ones
 from vlprune.metrics._learned import LearnedMasks
 from vlprune.plan import Scores
 from vlprune.ranking import keep_after, keep_without, savings
@@ -69,12 +71,14 @@ class UPop(LearnedMasks):
         interval: steps between two decisions; the last step always decides.
         units: "cost" or "paper", see above. "paper" takes dimensions of heads for heads.
         rank: "zscore": by the gradient, standardised within each structure. "saving": by the
-            gradient per parameter (or MAC) saved, comparable over structures as it is.
+            gradient per parameter (or MAC) saved, comparable over structures as it is. Default:
+            "saving" for "cost", "zscore" for "paper".
         weights: for `ratio`: what a unit of each kind counts. The paper's code has 36 to 1 for all
             models of BLIP and CLIP, 12.007 to 1 for DeiT-S.
         min_units: at least so many units stay on every axis.
         example_inputs: for the dissection.
-        strategies: kinds of axes that may lose units.
+        strategies: kinds of axes that may lose units; default: dimensions of heads (heads, where a
+            model has none that can go) and neurons.
 
     Raises:
         ValueError: if there are steps without a budget or ratio, or both.
@@ -90,18 +94,23 @@ class UPop(LearnedMasks):
         steps: int | None = None,
         interval: int = 50,
         units: Units = "cost",
-        rank: Rank = "zscore",
+        rank: Rank | None = None,
         weights: Mapping[str, float] | None = None,
         min_units: int = 1,
         example_inputs: Inputs | None = None,
-        strategies: tuple[str, ...] = DEFAULT_STRATEGIES,
+        strategies: tuple[str, ...] | None = None,
     ):
         if steps is not None and (budget is None) == (ratio is None):
             raise ValueError("UPop must be given a budget or a ratio to search for, not both.")
-        if units == "paper":
+        if anatomy is None:
+            anatomy = dissect(model, example_inputs)
+        if strategies is None:
+            strategies = ("head_dim" if "head_dim" in anatomy.kinds else "head", "ffn")
+        elif units == "paper":
             strategies = tuple("head_dim" if kind == "head" else kind for kind in strategies)
         self.ratio, self.interval, self.min_units = ratio, interval, min_units
-        self.units, self.rank = units, rank
+        self.units = units
+        self.rank: Rank = rank or ("saving" if units == "cost" else "zscore")
         self.weights = {"head_dim": 36.0, "ffn": 1.0} if weights is None else dict(weights)
         super().__init__(
             model,
@@ -118,7 +127,7 @@ class UPop(LearnedMasks):
         """Begin again, with all masks open."""
         super().reset()
         axes = self.anatomy.axes
-        self._masks = _tied(axes) if self.units == "paper" else [_alone(axis) for axis in axes]
+        self._masks = _tied(axes)
         self._values = {m.name: torch.ones(m.units, dtype=torch.float64) for m in self._masks}
         self._sums = {m.name: torch.zeros(m.units, dtype=torch.float64) for m in self._masks}
         self._kept = {axis.name: tuple(range(axis.units)) for axis in axes}
@@ -168,8 +177,8 @@ class UPop(LearnedMasks):
         share = shrinkage(self.steps_done, self.steps)
         self._kept = self._stay(share)
         for mask in self._masks:
-            value = torch.full((mask.units,), 1 - share, dtype=torch.float64)
-            value[list(self._kept[mask.name])] = 1
+            stay = zeros_and_ones(self._kept[mask.name], self._values[mask.name])
+            value = stay + (1 - stay) * (1 - share)
             self._values[mask.name] = value
             for axis, power in mask.powers.items():
                 self._set(axis, value**power)
@@ -219,8 +228,7 @@ class UPop(LearnedMasks):
     def _worths(self) -> dict[str, NDArray[Any]]:
         """What every unit is worth, comparable over all masks."""
         if self.rank == "saving":
-            resource = "macs" if set(self.budget or ()) == {"macs"} else "params"
-            saved = savings(self.anatomy, resource)
+            saved = savings(self.anatomy, resource_of(self.budget or {}))
             sizes = {m.name: sum(np.asarray(saved[n]) for n in m.powers) for m in self._masks}
             return {
                 m.name: -self._sums[m.name].numpy() / np.maximum(sizes[m.name], 1)
@@ -240,10 +248,6 @@ class UPop(LearnedMasks):
 def shrinkage(step: int, steps: int) -> float:
     """Return sqrt((1 - cos(pi step / steps)) / 2): how far masks have shrunk, 0 to 1."""
     return 1.0 if step >= steps else math.sqrt((1 - math.cos(math.pi * step / steps)) / 2)
-
-
-def _alone(axis: Axis) -> _Mask:
-    return _Mask(axis.kind, {axis.name: 1}, axis.units)
 
 
 def _tied(axes: tuple[Axis, ...]) -> list[_Mask]:

@@ -21,6 +21,7 @@ from torch import nn
 from vlprune.dissect import dissect
 from vlprune.pipeline import plan, prune, score
 from vlprune.plan import Plan
+from vlprune.recipes._stages import Outcome
 from vlprune.tasks.retrieval import Retrieval
 
 Recover = Callable[[nn.Module, nn.Module], nn.Module]  # (student, teacher) -> student
@@ -41,14 +42,6 @@ class Step:
     strategies: tuple[str, ...]
     keep: float
     towers: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a recipe made: the model, and the plan of every step."""
-
-    model: nn.Module
-    plans: tuple[Plan, ...]
 
 
 def finetuning_stage(

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from vlprune.calls import removing, tensors_of
+from vlprune.anatomy import under
 from vlprune.pruner import record_of
 from vlprune.recover.finetune import Training, fit
+from vlprune.recover.listening import listening_to_outputs
 from vlprune.recover.losses import FeatureMSE, SoftCrossEntropy
 from vlprune.recover.teacher import Teacher
 from vlprune.tasks.retrieval import Retrieval
@@ -35,30 +35,83 @@ class Weights:
     hidden: float = 1.0
 
 
-def layer_pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
-    """Return (student path, teacher path) of layers that belong together.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Ancestry:
+    """Where the layers and heads of a cut model came from.
 
-    Read from the plans that the student was cut by since it was the teacher; stacks that no plan of
-    layers names are paired one to one.
+    Attributes:
+        layers: (student path, teacher path) of layers that belong together.
+        heads: teacher path of an attention to those of its heads that are left, where some went.
+        stacks: teacher path of a stack to the numbers of its layers that are left.
     """
-    plans = record_of(student).plans[len(record_of(teacher).plans) :]
+
+    layers: list[tuple[str, str]]
+    heads: dict[str, tuple[int, ...]]
+    stacks: dict[str, list[int]]
+
+    def now(self, path: str) -> str | None:
+        """Return the student's path of a module of the teacher, None where its layer went."""
+        for stack, left in self.stacks.items():
+            if under(path, stack):
+                place, dot, rest = path[len(stack) + 1 :].partition(".")
+                if place.isdigit():
+                    found = int(place) in left
+                    return f"{stack}.{left.index(int(place))}{dot}{rest}" if found else None
+        return path
+
+
+def ancestry(student: nn.Module, teacher: nn.Module) -> Ancestry:
+    """Return it from the plans that the student was cut by since it was the teacher.
+
+    Stacks that no plan of layers names are paired one to one.
+    """
     stacks: dict[str, list[int]] = {}
     for path, module in teacher.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 1:
+        if _is_stack(module):
             stacks[path] = list(range(len(module)))
-    for plan in plans:
+    heads: dict[str, tuple[int, ...]] = {}
+    for plan in record_of(student).plans[len(record_of(teacher).plans) :]:
+        for row in plan.rows:
+            if row.axis.kind == "head":
+                then = _before(row.axis.path, stacks)
+                known = heads.get(then, tuple(range(row.axis.units)))
+                heads[then] = tuple(known[head] for head in row.keep)
         for row in plan.rows:
             if row.axis.removal == "delete" and row.axis.path in stacks:
                 gone = {row.axis.layer(unit) for unit in row.removed}
                 before = stacks[row.axis.path]
                 stacks[row.axis.path] = [n for i, n in enumerate(before) if i not in gone]
     modules = dict(student.named_modules())
-    return [
+    layers = [
         (f"{path}.{now}", f"{path}.{then}")
-        for path, layers in stacks.items()
-        for now, then in enumerate(layers)
+        for path, left in stacks.items()
+        for now, then in enumerate(left)
         if f"{path}.{now}" in modules
     ]
+    return Ancestry(layers=layers, heads=heads, stacks=stacks)
+
+
+def _is_stack(module: Any) -> bool:
+    """Whether it holds layers of one kind: a list, or a sequence of equal classes (timm's)."""
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
+        return False
+    alike = len({type(layer) for layer in module}) == 1 and any(module[0].children())
+    return alike or isinstance(module, nn.ModuleList)
+
+
+def _before(path: str, stacks: dict[str, list[int]]) -> str:
+    """The teacher's path of a module whose stacks have lost layers."""
+    for stack, left in stacks.items():
+        if under(path, stack):
+            place, dot, rest = path[len(stack) + 1 :].partition(".")
+            if place.isdigit():
+                return f"{stack}.{left[int(place)]}{dot}{rest}"
+    return path
+
+
+def layer_pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+    """Return (student path, teacher path) of layers that belong together, see `ancestry`."""
+    return ancestry(student, teacher).layers
 
 
 def distillation_loss(
@@ -89,7 +142,7 @@ def distillation_loss(
         teacher = teacher_of(teacher, task, pairs if weights.hidden else [], limit=0)
     pairs = pairs if pairs and weights.hidden else []
     expected = teacher(batch)
-    with _listening(student, [path for path, _ in pairs]) as heard:
+    with listening_to_outputs(student, [path for path, _ in pairs]) as heard:
         outputs = task.outputs(student, batch)
     logits = task.logits(student, outputs)
     both = range(len(outputs))
@@ -98,7 +151,7 @@ def distillation_loss(
     loss = loss + weights.similarity * SoftCrossEntropy()(logits, before)
     features = FeatureMSE()(outputs, [expected[f"output.{i}"] for i in both])
     loss = loss + weights.features * features
-    hidden = [(heard[a], expected[b]) for a, b in pairs if a in heard and b in expected]
+    hidden = [(heard[a][-1], expected[b]) for a, b in pairs if heard[a] and b in expected]
     if hidden:
         loss = loss + weights.hidden * FeatureMSE()(*zip(*hidden, strict=True))
     return loss
@@ -124,29 +177,13 @@ def teacher_of(
     paths = [path for _, path in pairs]
 
     def answer(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        with _listening(model, paths) as heard:
+        with listening_to_outputs(model, paths) as heard:
             outputs = task.outputs(model, batch)
         found = {f"output.{i}": t for i, t in enumerate(outputs)}
         found |= {f"logits.{i}": t for i, t in enumerate(task.logits(model, outputs))}
-        return found | heard
+        return found | {path: rows[-1] for path, rows in heard.items() if rows}
 
     return Teacher(model, answer, folder=folder, limit=limit, settings={"hidden": paths})
-
-
-@contextmanager
-def _listening(model: nn.Module, paths: list[str]) -> Iterator[dict[str, Tensor]]:
-    """What the modules at `paths` answer, first tensors, filled in as the model runs."""
-    heard: dict[str, Tensor] = {}
-
-    def hook(path: str) -> Any:
-        def listen(module: nn.Module, args: Any, output: Any) -> None:
-            heard[path] = next(tensors_of(output))
-
-        return listen
-
-    handles = [model.get_submodule(p).register_forward_hook(hook(p)) for p in dict.fromkeys(paths)]
-    with removing(handles):
-        yield heard
 
 
 def distil(

@@ -120,7 +120,8 @@ def fit(
     """
     accelerator = _accelerator(training, log)
     step = _Step(model, loss, training.precision)
-    _checkpoint_activations(model, training.checkpointing)
+    if training.checkpointing:
+        _checkpoint_activations(model, on=True)
     optimiser = torch.optim.AdamW(_groups(model, training.weight_decay), lr=training.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, training.rate)
     wrapped, optimiser = accelerator.prepare(step, optimiser)
@@ -161,7 +162,8 @@ def fit(
             states.save(place.step)
     for tracker in accelerator.trackers:  # and the process group stays its owner's
         tracker.finish()
-    _checkpoint_activations(model, on=False)
+    if training.checkpointing:
+        _checkpoint_activations(model, on=False)
     return model.eval()
 
 
@@ -269,7 +271,7 @@ def _checkpoint_activations(model: Any, on: bool) -> None:
     elif hasattr(model, "gradient_checkpointing_enable"):  # transformers
         with contextlib.suppress(ValueError):  # a class that has it off for good
             (model.gradient_checkpointing_enable if on else model.gradient_checkpointing_disable)()
-    elif on:
+    else:
         raise ValueError(
             f"checkpointing must be offered by the model; {type(model).__name__} has neither "
             "set_grad_checkpointing nor gradient_checkpointing_enable."
