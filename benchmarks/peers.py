@@ -1,10 +1,11 @@
-"""torch-pruning's own importances on the same trained CLIP, at equal parameters.
+"""torch-pruning's own importances on the same trained CLIP and DeiT, at equal parameters.
 
-`python benchmarks/peers.py --scenes 10000` rewrites the weights of scenes-clip into transformers'
-CLIPModel, whose heads torch-pruning can prune (of open_clip's it prunes none), checks that features
-agree, and cuts heads and neurons by its magnitude and Taylor importance, each layer the same share
-(its global ranking empties layers and then fails). Printed beside it: this package on the same
-model, at the same number of parameters, cut, and cut and repaired.
+`python benchmarks/peers.py --scenes 10000` cuts heads and neurons by its magnitude and Taylor
+importance, each layer the same share (its global ranking empties layers and then fails), of
+scenes-deit, and of scenes-clip with its weights rewritten into transformers' CLIPModel, whose heads
+torch-pruning can prune (of open_clip's it prunes none); features are checked to agree. Printed
+beside it: this package on the same model, at the same number of parameters, cut, and cut and
+repaired.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from torch import nn
 
 import vlprune
 from vlprune.cost import count_params
+from vlprune.shipped import SHIPPED
 from vlprune.tasks import Retrieval
-from vlprune.tasks.scenes import loader
 
 NAMES = {
     "ln_1": "layer_norm1",
@@ -34,19 +35,28 @@ NAMES = {
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--scenes", type=int, default=10_000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--models", default="scenes-clip,scenes-deit")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    source = vlprune.create_model("scenes-clip").eval()
-    model = as_transformers(source)
-    test = Retrieval(list(loader("test", arguments.scenes, 7, 500)))
-    calibration = Retrieval(list(loader("train", 500, 1, 100)))
-    check_equal(source, model, calibration)
+    for name in arguments.models.split(","):
+        source = vlprune.create_model(name).eval()
+        make = SHIPPED[name].task
+        test, calibration = make("test", arguments.scenes, 7, 500), make("train", 500, 1, 100)
+        model = source
+        if name == "scenes-clip":
+            model = as_transformers(source)
+            check_equal(source, model, calibration)
+        print_table(name, model, test, calibration)
+
+
+def print_table(name: str, model: nn.Module, test: Any, calibration: Any) -> None:
+    """Print what torch-pruning and this package leave of a model."""
     dense = test.measure(model)
-    print(f"dense {dense:.1f}, {count_params(model):,} params")
+    print(f"\n{name} ({type(model).__name__}): dense {dense:.1f}, {count_params(model):,} params")
     print(
         "| prunable kept | torch-pruning magnitude | Taylor | params | reconstruction | repaired |"
     )
@@ -126,9 +136,7 @@ def check_equal(source: nn.Module, model: nn.Module, task: Retrieval) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def cut_by_torch_pruning(
-    model: nn.Module, importance: Any, share: float, task: Retrieval
-) -> nn.Module:
+def cut_by_torch_pruning(model: nn.Module, importance: Any, share: float, task: Any) -> nn.Module:
     """Return a copy of which torch-pruning keeps a share of every layer's heads and neurons."""
     small = copy.deepcopy(model)
     inputs = task.example_inputs(small)
@@ -136,7 +144,7 @@ def cut_by_torch_pruning(
         task.loss(small, batch).backward()
     heads, ignored = {}, []
     for name, module in small.named_modules():
-        if name.endswith(("q_proj", "k_proj", "v_proj")):
+        if name.endswith(("q_proj", "k_proj", "v_proj", "qkv")):
             heads[module] = 6
         elif isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) and not name.endswith("fc1"):
             ignored.append(module)  # its width is that of the residual stream
@@ -152,13 +160,20 @@ def cut_by_torch_pruning(
             prune_head_dims=False,
             head_pruning_ratio=1 - share,
             ignored_layers=ignored,
-            output_transform=lambda out: [out.logits_per_image, out.logits_per_text],
+            output_transform=lambda out: (
+                out
+                if isinstance(out, torch.Tensor)
+                else [out.logits_per_image, out.logits_per_text]
+            ),
         )
         pruner.step()
     for module in small.modules():
         if hasattr(module, "q_proj"):
             module.num_heads = pruner.num_heads[module.q_proj]
             module.embed_dim = module.num_heads * module.head_dim
+        if hasattr(module, "qkv"):
+            module.num_heads = pruner.num_heads[module.qkv]
+            module.attn_dim = module.num_heads * module.head_dim
     return small.eval()
 
 

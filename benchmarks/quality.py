@@ -1,31 +1,36 @@
 """What is left of a model's task after cutting, by metric, allocation, budget and repair.
 
 `python benchmarks/quality.py --out docs/quality.csv` measures every combination that the file does
-not hold yet, on scenes-clip: recall mean over fresh test scenes with a 95 % bootstrap interval,
-seconds to score and to repair, parameters. Then it prints the table and draws the picture beside
-the file. Calibrated on 500 unlabelled training scenes (metrics of the loss use their pairs).
+not hold yet, on scenes-clip or another model that ships (`--models`): its task's measure on fresh
+test scenes with a 95 % bootstrap interval, seconds to score and to repair, parameters. Then it
+prints the tables and draws the picture beside the file. Calibrated on 500 unlabelled training
+scenes (metrics of the loss use their labels). `--allocations best` measures one split for each
+metric: all layers alike for those whose scores mean nothing across layers, else one ranking.
 `--distil N` adds N steps of distillation after the repair, for the best at every budget.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import itertools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
+from _rows import append, read
 from torch import Tensor, nn
 
 import vlprune
 from vlprune.cost import count_params
 from vlprune.recover.distil import distil
-from vlprune.tasks import Retrieval
+from vlprune.shipped import SHIPPED
+from vlprune.tasks import Retrieval, Segmentation
 from vlprune.tasks.scenes import loader
+from vlprune.tasks.segmentation import Confusion
 
 matplotlib.use("Agg")
 
@@ -33,11 +38,12 @@ METRICS: dict[str, dict[str, Any]] = {
     "reconstruction": {},
     "fisher": {},
     "taylor": {},
-    "mope": {"measure": "cosine", "nested": True, "rewire": "taylor"},
+    "mope": {"measure": "cosine", "nested": True, "rewire": "taylor"},  # kl but for retrieval
     "activation": {},
     "magnitude": {},
     "random": {},
 }
+ALIKE = ("activation", "magnitude", "random")  # metrics that are best with all layers alike
 ALLOCATIONS = ("global", "uniform", "isomorphic", "knapsack")
 KEEPS = (0.75, 0.5, 0.35, 0.25)
 
@@ -46,12 +52,13 @@ KEEPS = (0.75, 0.5, 0.35, 0.25)
 class Row:
     """One measured model."""
 
+    model: str
     metric: str
     allocation: str
     keep: float
     recovery: str
     params: int
-    recall: float
+    value: float
     low: float
     high: float
     of_dense: float
@@ -69,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("quality.csv"))
     parser.add_argument("--scenes", type=int, default=10_000)
+    parser.add_argument("--models", default="scenes-clip")
     parser.add_argument("--metrics", default=",".join(METRICS))
     parser.add_argument("--allocations", default=",".join(ALLOCATIONS))
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)))
@@ -77,38 +85,48 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keeps = [float(keep) for keep in arguments.keeps.split(",")]
-    bench = Bench(arguments.out, arguments.scenes)
-    for metric in arguments.metrics.split(","):
-        for keep, allocation in itertools.product(keeps, arguments.allocations.split(",")):
-            bench.measure(metric, allocation, keep)
-    if arguments.distil:
-        for keep in keeps:
-            bench.measure_distilled(keep, arguments.distil)
-    print(table(bench.rows))
-    draw(bench.rows, arguments.out.with_suffix(".png"))
+    for name in arguments.models.split(","):
+        bench = Bench(name, arguments.out, arguments.scenes)
+        for metric in arguments.metrics.split(","):
+            allocations = arguments.allocations.split(",")
+            if allocations == ["best"]:
+                allocations = ["uniform" if metric in ALIKE else "global"]
+            for keep, allocation in itertools.product(keeps, allocations):
+                bench.measure(metric, allocation, keep)
+        if arguments.distil:
+            for keep in keeps:
+                bench.measure_distilled(keep, arguments.distil)
+    rows = read(arguments.out, Row)
+    for name in dict.fromkeys(row.model for row in rows):
+        print(f"\n{name}. {table([row for row in rows if row.model == name])}")
+    clip = [row for row in rows if row.model == "scenes-clip"]
+    if clip:
+        draw(clip, arguments.out.with_suffix(".png"))
 
 
 class Bench:
-    """scenes-clip, its scenes, and the file of what was measured.
+    """One model that ships, its scenes, and the file of what was measured.
 
     Args:
+        name: of the model.
         path: of the CSV file; its rows are not measured again.
         scenes: fresh test scenes to measure on.
     """
 
-    def __init__(self, path: Path, scenes: int):
-        self.path = path
-        self.rows = _read(path)
-        self.model = vlprune.create_model("scenes-clip").eval()
-        self.test = Retrieval(list(loader("test", scenes, 7, 500)))
-        self.calibration = Retrieval(list(loader("train", 500, 1, 100)))
+    def __init__(self, name: str, path: Path, scenes: int):
+        self.name, self.path = name, path
+        self.rows = [row for row in read(path, Row) if row.model == name]
+        self.model = vlprune.create_model(name).eval()
+        make = SHIPPED[name].task
+        self.test: Any = make("test", scenes, 7, 500, stream=scenes > 4000)
+        self.calibration: Any = make("train", 500, 1, 100)
         inputs = self.calibration.example_inputs(self.model)
         self.anatomy = vlprune.dissect(self.model, inputs).select(("head", "ffn"))
         self._scores: dict[str, tuple[vlprune.Scores, float]] = {}
         self.dense = float("nan")
         if not any(row.metric == "dense" for row in self.rows):
             self._note(self.model, "dense", "", 1.0, "", 0.0, 0.0)
-        self.dense = next(row.recall for row in self.rows if row.metric == "dense")
+        self.dense = next(row.value for row in self.rows if row.metric == "dense")
 
     def measure(self, metric: str, allocation: str, keep: float) -> None:
         """Measure one plan, cut and repaired."""
@@ -131,7 +149,7 @@ class Bench:
     def measure_distilled(self, keep: float, steps: int) -> None:
         """Measure the best repaired model of a budget after distillation on training scenes."""
         repaired = [row for row in self.rows if row.keep == keep and row.recovery == "repair"]
-        best = max(repaired, key=lambda row: row.recall)
+        best = max(repaired, key=lambda row: row.value)
         recovery = f"repair + {steps} steps"
         if any(row.name == (*best.name[:3], recovery) for row in self.rows):
             return
@@ -148,9 +166,10 @@ class Bench:
         if metric not in self._scores:
             begin = time.perf_counter()
             task = None if metric in ("magnitude", "random") else self.calibration
-            scores = vlprune.score(
-                self.model, metric, task, anatomy=self.anatomy, **METRICS[metric]
-            )
+            settings = METRICS[metric]
+            if metric == "mope" and self.name != "scenes-clip":
+                settings = {"measure": "kl"}
+            scores = vlprune.score(self.model, metric, task, anatomy=self.anatomy, **settings)
             self._scores[metric] = scores, time.perf_counter() - begin
         return self._scores[metric]
 
@@ -164,67 +183,64 @@ class Bench:
         scoring: float,
         recovering: float,
     ) -> None:
-        values = self._values(model)
-        low, high = _interval(values)
-        recall = float(values.mean())
+        value, low, high = self._measured(model)
         row = Row(
+            model=self.name,
             metric=metric,
             allocation=allocation,
             keep=keep,
             recovery=recovery,
             params=count_params(model),
-            recall=recall,
+            value=value,
             low=low,
             high=high,
-            of_dense=1.0 if metric == "dense" else recall / self.dense,
+            of_dense=1.0 if metric == "dense" else value / self.dense,
             scoring_seconds=round(scoring, 1),
             recovery_seconds=round(recovering, 1),
         )
         self.rows.append(row)
-        fresh = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
-            if fresh:
-                writer.writeheader()
-            writer.writerow(dataclasses.asdict(row))
-        print(*row.name, f"{row.recall:.2f} ({row.of_dense:.2%})", flush=True)
+        append(self.path, row)
+        print(self.name, *row.name, f"{row.value:.2f} ({row.of_dense:.2%})", flush=True)
 
     @torch.no_grad()
-    def _values(self, model: nn.Module) -> Tensor:
-        """Recall mean of every test scene [N] in percent."""
+    def _measured(self, model: nn.Module) -> tuple[float, float, float]:
+        """The measure and its interval."""
         model.eval()
-        outputs = [self.test.outputs(model, batch) for batch in self.test.batches()]
-        features = tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
-        targets = torch.cat([self.test.targets(batch) for batch in self.test.batches()])
-        return self.test.values(features, targets)
+        if isinstance(self.test, Segmentation):  # of sums over images, no mean over them
+            counts = self.test.confusions(model).counts
+            shape = counts.shape[1:]
+            return _interval(
+                counts.flatten(1).double(),
+                lambda sums: Confusion(counts=sums.unflatten(-1, shape)).iou.nanmean(-1),
+            )
+        if isinstance(self.test, Retrieval):
+            values = self.test.example_values(model)
+        else:
+            batches = self.test.batches()
+            values = torch.cat(
+                [
+                    self.test.values(self.test.outputs(model, b), self.test.targets(b))
+                    for b in batches
+                ]
+            )
+        return _interval(values.double()[:, None], lambda sums: sums[:, 0])
 
 
-def _interval(values: Tensor, draws: int = 1000) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean over examples."""
+def _interval(
+    rows: Tensor, measure: Callable[[Tensor], Tensor], draws: int = 1000
+) -> tuple[float, float, float]:
+    """A measure of the mean of rows [examples, numbers], and its 95 % bootstrap interval."""
     generator = torch.Generator().manual_seed(0)
+    size = len(rows)
     counts = torch.stack(
         [
-            torch.randint(len(values), (len(values),), generator=generator).bincount(
-                minlength=len(values)
-            )
+            torch.randint(size, (size,), generator=generator).bincount(minlength=size)
             for _ in range(draws)
         ]
     )
-    means = counts.double() @ values.double() / len(values)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
-
-
-def _read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    kinds = {field.name: field.type for field in dataclasses.fields(Row)}
-    convert = {"int": int, "float": float, "str": str}
-    with path.open(newline="") as file:
-        return [
-            Row(**{name: convert[str(kinds[name])](value) for name, value in row.items()})
-            for row in csv.DictReader(file)
-        ]
+    drawn = measure(counts.double() @ rows / size)
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(measure(rows.mean(0, keepdim=True))), low, high
 
 
 def table(rows: list[Row]) -> str:
@@ -233,7 +249,7 @@ def table(rows: list[Row]) -> str:
     keeps = sorted({row.keep for row in rows if row is not dense}, reverse=True)
     found = {row.name: row for row in rows}
     lines = [
-        f"Dense: {dense.recall:.1f} ({dense.low:.1f} to {dense.high:.1f}). Share of it in percent, "
+        f"Dense: {dense.value:.1f} ({dense.low:.1f} to {dense.high:.1f}). Share of it in percent, "
         "cut -> repaired.",
         "",
         "| metric | allocation | "
@@ -254,7 +270,7 @@ def table(rows: list[Row]) -> str:
         if row.recovery.startswith("repair +"):
             lines.append(
                 f"\n{row.metric}, {row.allocation}, keep {row.keep:.0%}, {row.recovery}: "
-                f"{row.recall:.1f} ({row.low:.1f} to {row.high:.1f}), {row.of_dense:.1%} of dense, "
+                f"{row.value:.1f} ({row.low:.1f} to {row.high:.1f}), {row.of_dense:.1%} of dense, "
                 f"{row.recovery_seconds:.0f} s"
             )
     return "\n".join(lines)
@@ -269,9 +285,9 @@ def draw(rows: list[Row], path: Path) -> None:
     shown = [metric for metric in METRICS if any(row.metric == metric for row in rows)]
     for axes, recovery in zip(both, ("none", "repair"), strict=True):
         for number, metric in enumerate(shown):
-            allocation = "uniform" if metric in ("magnitude", "activation", "random") else "global"
+            allocation = "uniform" if metric in ALIKE else "global"
             line = sorted(
-                (row.keep, row.recall, row.low, row.high)
+                (row.keep, row.value, row.low, row.high)
                 for row in rows
                 if (row.metric, row.allocation, row.recovery) == (metric, allocation, recovery)
             )
@@ -281,8 +297,8 @@ def draw(rows: list[Row], path: Path) -> None:
                 label = f"{metric}, {allocation}"
                 axes.plot(keeps, recalls, marker="o", ms=4, color=colour, label=label)
                 axes.fill_between(keeps, lows, highs, color=colour, alpha=0.2, lw=0)
-        axes.axhline(dense.recall, color="grey", ls=":", lw=1)
-        axes.text(0.75, dense.recall, "dense", va="bottom", ha="right", color="grey", fontsize=8)
+        axes.axhline(dense.value, color="grey", ls=":", lw=1)
+        axes.text(0.75, dense.value, "dense", va="bottom", ha="right", color="grey", fontsize=8)
         axes.set_title("cut" if recovery == "none" else "cut and repaired", loc="left")
         axes.set_xlabel("share of the prunable parameters that stays")
         axes.grid(alpha=0.3)
