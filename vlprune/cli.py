@@ -224,6 +224,13 @@ def _teller(budget: dict[str, float]) -> Any:
     return watch
 
 
+def _is_other_rank() -> bool:
+    """Whether this is a process of torchrun besides the first, which alone writes and speaks."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
+
+
 @contextlib.contextmanager
 def _ranks(device: str) -> Iterator[int]:
     """Join the other processes of torchrun, if there are any; the rank of this one."""
@@ -393,7 +400,7 @@ def recipe(
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
-    """Run a paper from end to end on a model and a task; run again to go on."""
+    """Run a paper from end to end on a model and a task; run again to go on; torchrun shares it."""
     import vlprune
     from vlprune import recipes
     from vlprune.cost import count_params
@@ -404,7 +411,7 @@ def recipe(
     spec = model or chosen.model
     if not spec:
         raise ValueError(f"model must be given: no library has that of {preset!r}. Add --model.")
-    dense = make_model(spec, pretrained or ("" if spec.startswith("scenes") else "yes"), device)
+    dense = make_model(spec, pretrained or ("" if model else chosen.pretrained), device)
     data = make_task(task, dense, chosen.examples, seed) or chosen.task(seed)
     title = f"{name} {preset}: {spec}, {data.name}"
     out.print(_stages.table(program.stages(dense, data, chosen), title, f"from {chosen.source}"))
@@ -415,6 +422,8 @@ def recipe(
     )
     with progress() as stage:
         done = program.run(dense, data, chosen, folder=to / "states", seed=seed, progress=stage)
+    if _is_other_rank():
+        return
     for plan in done.plans:
         _show_plan(plan)
     vlprune.save_pretrained(done.model, to / "model")

@@ -28,14 +28,16 @@ class Experiment:
 
     Attributes:
         model: as `create_model` takes it; "" where no library has it: give your own.
+        pretrained: weights of it, as the command line takes them; "" for those that ship.
         data: name of the model that ships whose task is used; "": give your own task.
-        batch_size: examples in a batch, over all processes.
+        batch_size: examples of a step, over all processes; of shipped data, in each of them.
         image_size: height and width of pictures; 0: the model's.
         examples: scenes in an epoch, where `data` ships.
         source: where the numbers are from.
     """
 
     model: str = ""
+    pretrained: str = ""
     data: str = ""
     batch_size: int = 32
     image_size: int = 0

@@ -131,6 +131,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "blip-caption": Preset(
         model="hf:Salesforce/blip-image-captioning-base",
+        pretrained="yes",
         batch_size=256,
         image_size=384,
         lr=1e-5,
@@ -139,6 +140,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "blip-vqa": Preset(
         model="hf:Salesforce/blip-vqa-base",
+        pretrained="yes",
         batch_size=256,
         image_size=480,
         lr=2e-5,
@@ -147,6 +149,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "blip-retrieval-coco": Preset(
         model="hf:Salesforce/blip-itm-base-coco",
+        pretrained="yes",
         batch_size=256,
         image_size=384,
         lr=1e-5,
@@ -155,6 +158,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "blip-retrieval-flickr": Preset(
         model="hf:Salesforce/blip-itm-base-flickr",
+        pretrained="yes",
         batch_size=256,
         image_size=384,
         lr=1e-5,
@@ -163,6 +167,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "clip-retrieval-coco": Preset(
         model="open_clip:ViT-L-14-336",
+        pretrained="openai",
         batch_size=256,
         image_size=336,
         lr=1e-5,
@@ -172,6 +177,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "clip-retrieval-flickr": Preset(
         model="open_clip:ViT-L-14-336",
+        pretrained="openai",
         batch_size=256,
         image_size=336,
         lr=1e-5,
@@ -181,6 +187,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "deit-imagenet": Preset(
         model="timm:deit_small_patch16_224",
+        pretrained="yes",
         batch_size=4096,
         image_size=224,
         lr=8e-4,  # 1e-4 for 512 images, in proportion
