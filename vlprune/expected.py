@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -50,13 +50,19 @@ class ExpectedCost:
         self.anatomy = anatomy
         self._sizes = {tensor.name: tensor.shape for tensor in anatomy.tensors}
         self._cuts: dict[str, dict[int, list[_Cut]]] = collections.defaultdict(dict)
-        known: dict[tuple[str, bytes], _Cut] = {}  # many tensors are cut alike: summed up once
+        known: dict[Any, _Cut] = {}  # many tensors are cut alike: summed up once
         for axis in anatomy.axes:
             for name, dim, units in _places(axis, self._sizes):
-                key = axis.name, units.numpy().tobytes()
+                key = axis.name, tuple(units)
                 if key not in known:
-                    counts = torch.bincount(units, minlength=axis.units + 1).double()
-                    known[key] = _Cut(axis.name, units.to(device), counts.to(device))
+                    counts = [0.0] * (axis.units + 1)
+                    for unit in units:
+                        counts[unit] += 1
+                    known[key] = _Cut(
+                        axis.name,
+                        torch.tensor(units, device=device),
+                        torch.tensor(counts, dtype=torch.float64, device=device),
+                    )
                 self._cuts[name].setdefault(dim, []).append(known[key])
         scopes = [(axis, unit, path) for axis in anatomy.axes for unit, path in _scopes(axis)]
         names = {tensor.name for tensor in anatomy.tensors} | {o.module for o in anatomy.operations}
@@ -161,13 +167,14 @@ def _scopes(axis: Axis) -> list[tuple[int, str]]:
     return [(unit, path) for unit, paths in enumerate(axis.scopes) for path in paths] + listed
 
 
-def _places(axis: Axis, sizes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, int, Tensor]]:
+def _places(axis: Axis, sizes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, int, list[int]]]:
     """(tensor, dimension, unit of every row there) of an axis."""
-    found: dict[tuple[str, int], Tensor] = {}
+    found: dict[tuple[str, int], list[int]] = {}
     for site in axis.sites:
         key = site.tensor, site.dim
         if key not in found:
-            found[key] = torch.full((sizes[site.tensor][site.dim],), axis.units)
+            found[key] = [axis.units] * sizes[site.tensor][site.dim]
         for unit in range(axis.units):
-            found[key][list(site.indices((unit,)))] = unit
+            for row in site.indices((unit,)):
+                found[key][row] = unit
     return [(name, dim, units) for (name, dim), units in found.items()]
