@@ -259,7 +259,7 @@ def test_settings_change_plain_fields() -> None:
     preset = recipes.preset_of("efficientvlm", "scenes-clip")
     changed = recipes.change(preset, {"sparsity": 0.5, "halve": "no", "strategies": "ffn"})
     assert (changed.sparsity, changed.halve, changed.strategies) == (0.5, False, ("ffn",))
-    with pytest.raises(ValueError, match="--set must name one of model, data"):
+    with pytest.raises(ValueError, match="--set must name one of model, pretrained"):
         recipes.change(preset, {"tuned": 1})
     with pytest.raises(ValueError, match=r"lr must be like 0\.0005; got 'fast'"):
         recipes.change(preset, {"lr": "fast"})
