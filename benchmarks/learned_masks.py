@@ -79,14 +79,14 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join([*ONE_SHOT, *SEARCHES]))
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--search", type=int, default=100, help="steps before the cut")
-    parser.add_argument("--retrain", type=int, default=100, help="steps after the cut")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--search", type=int, default=80, help="steps before the cut")
+    parser.add_argument("--retrain", type=int, default=80, help="steps after the cut")
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--scenes", type=int, default=1000, help="to measure on")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--page", type=Path, help="Markdown page whose tables are written anew")
-    parser.add_argument("--overhead", type=int, default=0, help="steps to time, 0 for none")
+    parser.add_argument("--overhead", type=int, default=12, help="steps to time, 0 for none")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     methods = arguments.methods.split(",")
@@ -289,7 +289,7 @@ def write_page(page: Path, tables: str) -> None:
 
 def table(rows: list[Row]) -> str:
     """Return all rows as Markdown: a line per model, mean and deviation over seeds."""
-    methods = list(dict.fromkeys(row.method for row in rows if row.method != "dense"))
+    methods = [*ONE_SHOT, *SEARCHES]
     keeps = sorted({row.keep for row in rows if row.method != "dense"}, reverse=True)
     lines = []
     for keep in keeps:
