@@ -304,12 +304,18 @@ def table(rows: list[Row]) -> str:
             cells = []
             for method in methods:
                 values = [r.value for r in own if (r.method, r.keep) == (method, keep)]
-                spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-                cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}" if values else "?")
+                cells.append(_cell(values))
             lines.append(f"| `{model}` | {dense:.1f} | {' | '.join(cells)} |")
     errors = [row.relative_error for row in rows]
     lines.append(f"\nSearched = cut: largest relative error {max(errors, default=0):.1e}.")
     return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    """Mean and deviation, or what there is."""
+    if len(values) < 2:
+        return f"{values[0]:.1f} (one seed)" if values else "?"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def overhead_table(rows: list[Overhead]) -> str:
