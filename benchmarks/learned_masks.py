@@ -29,7 +29,7 @@ from vlprune.copies import clone
 from vlprune.cost import absolute_budget, count_params
 from vlprune.metrics import HardConcrete, UPop
 from vlprune.pruner import record_of
-from vlprune.recover.finetune import Training, fit
+from vlprune.recover.finetune import Repeated, Training, fit
 from vlprune.shipped import SHIPPED
 
 KEEPS = (0.5, 0.25)
@@ -170,7 +170,7 @@ class Bench:
             schedule=schedule,
             seed=seed,
         )
-        return fit(model, task.loss, _Batches(task), training, masks=masks)
+        return fit(model, task.loss, Repeated(task), training, masks=masks)
 
     def _score(self, metric: str) -> vlprune.Scores:
         if metric not in self._scores:
@@ -211,16 +211,6 @@ class Bench:
             f"({search:.0f} + {retrain:.0f} s)",
             flush=True,
         )
-
-
-class _Batches:
-    """A task's batches, again and again."""
-
-    def __init__(self, task: Any):
-        self._task = task
-
-    def __iter__(self) -> Any:
-        yield from self._task.batches()
 
 
 def measure_overhead(bench: Bench, path: Path, steps: int) -> None:

@@ -29,7 +29,6 @@ from vlprune.cost import count_params
 from vlprune.recover.distil import distil
 from vlprune.shipped import SHIPPED
 from vlprune.tasks import Retrieval, Segmentation
-from vlprune.tasks.scenes import loader
 from vlprune.tasks.segmentation import Confusion
 
 matplotlib.use("Agg")
@@ -117,9 +116,9 @@ class Bench:
         self.name, self.path = name, path
         self.rows = [row for row in read(path, Row) if row.model == name]
         self.model = vlprune.create_model(name).eval()
-        make = SHIPPED[name].task
-        self.test: Any = make("test", scenes, 7, 500, stream=scenes > 4000)
-        self.calibration: Any = make("train", 500, 1, 100)
+        self.make = SHIPPED[name].task
+        self.test: Any = self.make("test", scenes, 7, 500, stream=scenes > 4000)
+        self.calibration: Any = self.make("train", 500, 1, 100)
         inputs = self.calibration.example_inputs(self.model)
         self.anatomy = vlprune.dissect(self.model, inputs).select(("head", "ffn"))
         self._scores: dict[str, tuple[vlprune.Scores, float]] = {}
@@ -157,8 +156,8 @@ class Bench:
         plan = vlprune.plan(scores, {"prunable_params": keep}, best.allocation)
         begin = time.perf_counter()
         small = vlprune.repair(self.model, plan, self.calibration, verify=False)
-        pairs = Retrieval(list(loader("train", steps * 64, 2, 64)))
-        small = distil(small, self.model, pairs, lr=2e-4)
+        task: Any = self.make("train", steps * 64, 2, 64, stream=True)
+        small = distil(small, self.model, task, lr=2e-4)
         took = time.perf_counter() - begin
         self._note(small, best.metric, best.allocation, keep, recovery, seconds, took)
 

@@ -38,6 +38,7 @@ from vlprune.tasks.scenes.blip import (
     blip_tokenizer,
     build_scenes_blip,
     load_scenes_blip,
+    take_weights,
 )
 from vlprune.tasks.scenes.captions import CLASS_NAMES, PLACES
 from vlprune.tasks.scenes.data import Scene, Scenes
@@ -129,11 +130,8 @@ def start(towers: Towers) -> None:
 
 def go_on(towers: Towers, folder: Path) -> None:
     """Takes over the weights of an earlier run."""
-    state = safetensors.torch.load_file(folder / "model.safetensors")
     for model in towers.models.values():
-        own = {name: state[name] for name in model.state_dict() if name in state}
-        missing = model.load_state_dict(own, strict=False).missing_keys
-        assert set(missing) <= set(getattr(model, "_tied_weights_keys", None) or {}), missing
+        take_weights(model, folder)
 
 
 def word_ids(texts: Iterable[str]) -> Tensor:

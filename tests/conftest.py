@@ -1,8 +1,12 @@
 """Shared fixtures: dissected models, made once a session; one thread, for many small models."""
 
 import functools
+import os
 import random
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,3 +57,13 @@ def random_keep(
             count = draw.randint(axis.least, axis.units)
             keep[axis.name] = tuple(sorted(draw.sample(range(axis.units), count)))
     return keep
+
+
+def on_two_ranks(code: str, folder: Path) -> None:
+    """Run a program under torchrun, given the folder and that of the tests as arguments."""
+    script = folder / "ranks.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", str(script), str(folder), str(Path(__file__).parent)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run(command, check=True, env=environment, timeout=300, capture_output=True)

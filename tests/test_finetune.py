@@ -1,16 +1,13 @@
 """Losses are their formulas; one loop trains, resumes bit-equal, and shares batches over ranks."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from conftest import dissected
+from conftest import dissected, on_two_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -176,12 +173,7 @@ dist.destroy_process_group()
 
 
 def test_two_ranks_train_as_one_that_accumulates(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", str(script), str(tmp_path), str(Path(__file__).parent)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    subprocess.run(command, check=True, env=environment, timeout=240, capture_output=True)
+    on_two_ranks(RANKS, tmp_path)
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(one, two)
     alone = fit(small(), mse, BATCHES, Training(steps=9, lr=1e-2, accumulate=2))

@@ -1,9 +1,6 @@
 """Masks that are learnt: what is searched is what is cut, whatever loop they are learnt in."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from conftest import dissected, random_keep
+from conftest import dissected, on_two_ranks, random_keep
 from torch import Tensor, nn
 
 import vlprune
@@ -237,12 +234,7 @@ def half_plan(kind: Any, accumulate: int = 1) -> tuple[Any, nn.Module]:
 
 
 def test_two_ranks_learn_the_masks_of_one_with_the_same_global_batch(tmp_path: Path) -> None:
-    script = tmp_path / "search.py"
-    script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", str(script), str(tmp_path), str(Path(__file__).parent)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    subprocess.run(command, check=True, env=environment, timeout=300, capture_output=True)
+    on_two_ranks(RANKS, tmp_path)
     for kind in (UPop, HardConcrete):
         one, two = (torch.load(tmp_path / f"{kind.__name__}{rank}.pt") for rank in (0, 1))
         assert _equal(one, two)

@@ -19,7 +19,7 @@ from vlprune import cli, recipes
 from vlprune.copies import clone
 from vlprune.cost import count_params
 from vlprune.pruner import record_of
-from vlprune.recipes import efficientvlm, upop
+from vlprune.recipes import _stages, efficientvlm, upop
 from vlprune.recover.distil import ancestry
 from vlprune.recover.layerwise import Distillation, Part, Weights
 from vlprune.recover.listening import listening_to_attention, listening_to_outputs
@@ -113,8 +113,8 @@ def test_a_stopped_recipe_goes_on_to_the_same_bits(stage: str, at: int, tmp_path
 
 
 def _save_every(monkey: pytest.MonkeyPatch, steps: int) -> None:
-    original = upop.fit
-    monkey.setattr(upop, "fit", lambda *a, **k: original(*a, **{"save_every": steps, **k}))
+    original = _stages.fit
+    monkey.setattr(_stages, "fit", lambda *a, **k: original(*a, **{"save_every": steps, **k}))
 
 
 def test_efficientvlm_halves_distils_masks_and_cuts() -> None:

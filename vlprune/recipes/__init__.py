@@ -49,17 +49,17 @@ def change(preset: Any, settings: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: if there is no such field, or its values are of another kind.
     """
+    values = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)}
+    plain = {
+        name: value
+        for name, value in values.items()
+        if not isinstance(value, Mapping) and not dataclasses.is_dataclass(value)
+    }
     changed = {}
     for key, value in settings.items():
-        now = getattr(preset, key, None)
-        plain = [
-            field.name
-            for field in dataclasses.fields(preset)
-            if not isinstance(getattr(preset, field.name), Mapping)
-            and not dataclasses.is_dataclass(getattr(preset, field.name))
-        ]
         if key not in plain:
             raise ValueError(f"--set must name one of {', '.join(plain)}; got {key!r}.")
+        now = plain[key]
         if isinstance(now, tuple):
             value = tuple(str(value).split(","))
         elif isinstance(now, bool):

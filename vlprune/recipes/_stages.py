@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from vlprune.anatomy import Anatomy
 from vlprune.contracts import Task
 from vlprune.copies import clone
 from vlprune.cost import absolute_budget, dense_cost
 from vlprune.plan import Plan
+from vlprune.recover.finetune import Loss, Masks, Repeated, Training, fit
 from vlprune.shipped import SHIPPED
 
 Progress = Callable[[str], Callable[[int, int], None]]
@@ -121,16 +123,6 @@ class Recipe(Protocol):
         """Do it."""
 
 
-class Repeated:
-    """A task's batches as a loader: gone through again and again."""
-
-    def __init__(self, task: Task):
-        self._task = task
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from self._task.batches()
-
-
 def planned_params(anatomy: Anatomy, budget: Mapping[str, float]) -> str:
     """Return in words what a budget leaves."""
     left, dense = absolute_budget(anatomy, budget)["params"], dense_cost(anatomy).params
@@ -147,9 +139,7 @@ def count(batches: Iterable[Any]) -> int:
     return sum(1 for _ in batches)
 
 
-def seconds_of(
-    model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], task: Task, steps: int
-) -> float:
+def seconds_of(model: nn.Module, loss: Loss, task: Task, steps: int) -> float:
     """Return the seconds of so many training steps, from one forward and backward of a copy."""
     student = clone(model).train()
     batch = next(iter(task.batches()))
@@ -160,12 +150,41 @@ def seconds_of(
     return steps * (time.perf_counter() - begin)
 
 
-def ticker(progress: Progress | None, stage: str, steps: int) -> Callable[[int, float], None]:
-    """Return what `finetune.fit` is to call after every step."""
-    tell = progress(stage) if progress else None
+def train(
+    student: nn.Module,
+    loss: Loss,
+    task: Task,
+    training: Training,
+    name: str,
+    *,
+    folder: str | Path | None,
+    progress: Progress | None,
+    masks: Masks | None = None,
+) -> nn.Module:
+    """Train one stage of a recipe in place, with states of its own, and return the model.
 
-    def after(step: int, loss: float) -> None:
+    Args:
+        student: see `finetune.fit`.
+        loss: see there.
+        task: gives the batches.
+        training: how.
+        name: of the stage, and of its folder.
+        folder: of the recipe's states; None for none.
+        progress: of the recipe.
+        masks: attached by the caller.
+    """
+    tell = progress(name) if progress else None
+
+    def after(step: int, value: float) -> None:
         if tell is not None:
-            tell(step, steps)
+            tell(step, training.steps)
 
-    return after
+    return fit(
+        student,
+        loss,
+        Repeated(task),
+        training,
+        masks=masks,
+        folder=None if folder is None else Path(folder) / name,
+        progress=after,
+    )

@@ -34,15 +34,14 @@ from vlprune.recipes._stages import (
     Experiment,
     Outcome,
     Progress,
-    Repeated,
     Stage,
     count,
     planned_params,
     seconds_of,
     steps_of,
-    ticker,
+    train,
 )
-from vlprune.recover.finetune import Training, fit
+from vlprune.recover.finetune import Training
 from vlprune.recover.layerwise import Distillation, Part, Weights
 
 GENERAL = Weights(
@@ -193,12 +192,12 @@ def stages(model: nn.Module, task: Any, preset: Preset, *, timed: bool = True) -
     general, search, retrain = _trainings(task, preset)
     student = halved(model, task) if preset.halve else model
 
-    def seconds(weights: Weights, training: Training | None) -> float:
-        if training is None or not timed:
-            return float("nan") if training else 0.0
-        loss = Distillation(student, clone(model), task, weights)
-        return seconds_of(student, loss, task, training.steps)
+    def seconds(weights: Weights) -> float:
+        if not timed:
+            return float("nan")
+        return seconds_of(student, Distillation(student, clone(model), task, weights), task, 1)
 
+    tuned = seconds(preset.tuned)
     anatomy = dissect(student, task.example_inputs(student)).select(preset.strategies)
     left = planned_params(anatomy, {"prunable_params": 1 - preset.sparsity})
     found = []
@@ -210,7 +209,7 @@ def stages(model: nn.Module, task: Any, preset: Preset, *, timed: bool = True) -
                 name="general",
                 what=f"distil logits, hidden states and attention at {general.lr:g}",
                 steps=general.steps,
-                seconds=seconds(preset.general, general),
+                seconds=general.steps * seconds(preset.general),
             )
         )
     found += [
@@ -219,7 +218,7 @@ def stages(model: nn.Module, task: Any, preset: Preset, *, timed: bool = True) -
             what=f"fine-tune and distil at {search.lr:g} under masks that learn to remove "
             f"{preset.sparsity:.0%} of the parameters of heads and neurons",
             steps=search.steps,
-            seconds=seconds(preset.tuned, search),
+            seconds=search.steps * tuned,
         ),
         Stage(name="cut", what=f"remove what is masked: {left}; masked = cut is proven"),
     ]
@@ -229,7 +228,7 @@ def stages(model: nn.Module, task: Any, preset: Preset, *, timed: bool = True) -
                 name="retrain",
                 what=f"fine-tune and distil what is left, from {retrain.lr:g} to 0",
                 steps=retrain.steps,
-                seconds=seconds(preset.tuned, retrain),
+                seconds=retrain.steps * tuned,
             )
         )
     return tuple(found)
@@ -259,23 +258,11 @@ def run(
     student = halved(model, task) if preset.halve else clone(model)
     inputs = task.example_inputs(student)
 
-    def train(
-        student: nn.Module, name: str, loss: Distillation, training: Training, masks: Any = None
-    ) -> nn.Module:
-        return fit(
-            student,
-            loss,
-            Repeated(task),
-            training,
-            masks=masks,
-            folder=None if folder is None else Path(folder) / name,
-            progress=ticker(progress, name, training.steps),
-        )
-
+    how: Any = {"folder": folder, "progress": progress}
     plans: list[Plan] = [*record_of(student).plans[len(record_of(model).plans) :]]
     if general is not None:
         loss = Distillation(student, teacher, task, preset.general)
-        student = train(student, "general", loss, general)
+        student = train(student, loss, task, general, "general", **how)
     masks = HardConcrete(
         student,
         dissect(student, inputs),
@@ -288,12 +275,12 @@ def run(
     )
     loss = Distillation(student, teacher, task, preset.tuned)
     with masks:
-        train(student, "search", loss, search, masks)
+        train(student, loss, task, search, "search", masks=masks, **how)
     plans.append(masks.plan())
     small = prune(student, plans[-1], inputs)
     if retrain is not None:
         loss = Distillation(small, teacher, task, preset.tuned)
-        small = train(small, "retrain", loss, retrain)
+        small = train(small, loss, task, retrain, "retrain", **how)
     return Outcome(model=small, plans=tuple(plans))
 
 

@@ -27,15 +27,14 @@ from vlprune.recipes._stages import (
     Experiment,
     Outcome,
     Progress,
-    Repeated,
     Stage,
     count,
     planned_params,
     seconds_of,
     steps_of,
-    ticker,
+    train,
 )
-from vlprune.recover.finetune import Training, fit
+from vlprune.recover.finetune import Training
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,24 +291,19 @@ def run(
         **goal,
     )
     with masks:
-        fit(
+        train(
             student,
             task.loss,
-            Repeated(task),
+            task,
             search,
+            "search",
+            folder=folder,
+            progress=progress,
             masks=masks,
-            folder=None if folder is None else Path(folder) / "search",
-            progress=ticker(progress, "search", search.steps),
         )
     plan = masks.plan()
-    small = fit(
-        prune(student, plan, inputs),
-        task.loss,
-        Repeated(task),
-        retrain,
-        folder=None if folder is None else Path(folder) / "retrain",
-        progress=ticker(progress, "retrain", retrain.steps),
-    )
+    small = prune(student, plan, inputs)
+    small = train(small, task.loss, task, retrain, "retrain", folder=folder, progress=progress)
     return Outcome(model=small, plans=(plan,))
 
 

@@ -10,7 +10,7 @@ Source: MoPE-CLIP (2403.07839), section 3.3; weights as in a public re-implement
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vlprune.anatomy import under
 from vlprune.pruner import record_of
-from vlprune.recover.finetune import Training, fit
+from vlprune.recover.finetune import Repeated, Training, fit
 from vlprune.recover.listening import listening_to_outputs
 from vlprune.recover.losses import FeatureMSE, SoftCrossEntropy
 from vlprune.recover.teacher import Teacher
@@ -51,13 +51,12 @@ class Ancestry:
 
     def now(self, path: str) -> str | None:
         """Return the student's path of a module of the teacher, None where its layer went."""
-        for stack, left in self.stacks.items():
-            if under(path, stack):
-                place, dot, rest = path[len(stack) + 1 :].partition(".")
-                if place.isdigit():
-                    found = int(place) in left
-                    return f"{stack}.{left.index(int(place))}{dot}{rest}" if found else None
-        return path
+        found = _layer_of(path, self.stacks)
+        if found is None:
+            return path
+        stack, place, rest = found
+        left = self.stacks[stack]
+        return f"{stack}.{left.index(place)}{rest}" if place in left else None
 
 
 def ancestry(student: nn.Module, teacher: nn.Module) -> Ancestry:
@@ -101,12 +100,21 @@ def _is_stack(module: Any) -> bool:
 
 def _before(path: str, stacks: dict[str, list[int]]) -> str:
     """The teacher's path of a module whose stacks have lost layers."""
-    for stack, left in stacks.items():
+    found = _layer_of(path, stacks)
+    if found is None:
+        return path
+    stack, place, rest = found
+    return f"{stack}.{stacks[stack][place]}{rest}"
+
+
+def _layer_of(path: str, stacks: dict[str, list[int]]) -> tuple[str, int, str] | None:
+    """The stack that a module is in, the number of its layer there, and the rest of its path."""
+    for stack in stacks:
         if under(path, stack):
             place, dot, rest = path[len(stack) + 1 :].partition(".")
             if place.isdigit():
-                return f"{stack}.{left[int(place)]}{dot}{rest}"
-    return path
+                return stack, int(place), dot + rest
+    return None
 
 
 def layer_pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
@@ -224,14 +232,4 @@ def distil(
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return distillation_loss(model, answers, task, batch, weights, pairs)
 
-    return fit(student, loss, _Batches(task), training, folder=folder, progress=progress)
-
-
-class _Batches:
-    """A task's batches, again and again."""
-
-    def __init__(self, task: Retrieval):
-        self._task = task
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from self._task.batches()
+    return fit(student, loss, Repeated(task), training, folder=folder, progress=progress)

@@ -167,6 +167,20 @@ def fit(
     return model.eval()
 
 
+class Repeated:
+    """A task's batches as a loader: gone through again and again, in the task's order.
+
+    Args:
+        task: see `contracts.Task`.
+    """
+
+    def __init__(self, task: Any):
+        self._task = task
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._task.batches()
+
+
 class _Step(nn.Module):
     """The loss as a module's forward: data-parallel wrappers see nothing else."""
 

@@ -21,7 +21,7 @@ from vlprune.anatomy import Anatomy
 from vlprune.dissect import dissect
 from vlprune.recover.distil import Ancestry, ancestry
 from vlprune.recover.listening import Heard, listening_to_attention, listening_to_outputs
-from vlprune.recover.losses import LogitKL
+from vlprune.recover.losses import AttentionMSE, FeatureMSE, LogitKL
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +90,14 @@ class Distillation:
         distilled = self.weights.logits * kl
         for pair in self.attentions:
             weight = self._part(pair.tower).attention
+            heads = None if pair.heads is None else [pair.heads]
             for s, t in _both(attentions[pair.student], asked[pair.teacher]):
-                t = t if pair.heads is None else t[:, list(pair.heads)]
-                distilled = distilled + weight * (s - t).square().mean() * s.shape[-2]
+                error = AttentionMSE()([s], [t], heads)
+                distilled = distilled + weight * error * s.shape[-2]
         for pair in self.hidden:
             weight = self._part(pair.tower).hidden
             for s, t in _both(hidden[pair.student], told[pair.teacher]):
-                distilled = distilled + weight * (s - t).square().mean()
+                distilled = distilled + weight * FeatureMSE()([s], [t])
         loss: Tensor = self.weights.task * own + self.weights.kd * distilled
         return loss
 

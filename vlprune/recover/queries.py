@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from vlprune.anatomy import Site, under
-from vlprune.calls import first_tensor, removing, tensors_of
+from vlprune.calls import removing, tensors_of
 from vlprune.consumers import Forward, parameter_of
 from vlprune.moments import Moments
 from vlprune.plan import PlanRow
 from vlprune.pruner import Repair
+from vlprune.recover.listening import listening_to_outputs
 
 _RIDGES = (1e-6, 1e-4, 1e-2)  # of the mean variance of a dimension
 _HELD_OUT = 5  # the last one in so many batches says whether it helps
@@ -217,19 +218,10 @@ def _answers(
     batches: Sequence[Any],
 ) -> dict[str, list[Tensor]]:
     """What modules answer, first tensors, call by call."""
-    found: dict[str, list[Tensor]] = {path: [] for path in paths}
-
-    def hook(path: str) -> Callable[..., None]:
-        def listen(module: nn.Module, args: Any, output: Any) -> None:
-            found[path].append(first_tensor(output).detach().float())
-
-        return listen
-
-    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in found]
-    with removing(handles):
+    with listening_to_outputs(model, paths) as heard:
         for batch in batches:
             forward(model, batch)
-    return found
+    return {path: [row.detach().float() for row in rows] for path, rows in heard.items()}
 
 
 @contextmanager

@@ -58,11 +58,16 @@ def load_scenes_blip(job: str, folder: Path = SCENES_BLIP) -> nn.Module:
         folder: Of the weights.
     """
     model: nn.Module = build_scenes_blip(job)
+    take_weights(model, folder)
+    model.tie_weights()  # type: ignore[operator]  # of transformers
+    return model.eval()
+
+
+def take_weights(model: nn.Module, folder: Path) -> None:
+    """Load what a model has of the weights of all four, in place."""
     state = safetensors.torch.load_file(folder / "model.safetensors")
     own = {name: state[name] for name in model.state_dict() if name in state}
     # Copying into float32 parameters widens the float16 of the file; tied ones are there once.
     missing = model.load_state_dict(own, strict=False).missing_keys
     tied = getattr(model, "_tied_weights_keys", None) or {}
     assert set(missing) <= set(tied), missing
-    model.tie_weights()  # type: ignore[operator]  # of transformers
-    return model.eval()
