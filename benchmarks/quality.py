@@ -15,21 +15,19 @@ import argparse
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 from _rows import append, read
-from torch import Tensor, nn
+from torch import nn
 
 import vlprune
 from vlprune.cost import count_params
 from vlprune.recover.distil import distil
+from vlprune.samples import samples_of
 from vlprune.shipped import SHIPPED
-from vlprune.tasks import Retrieval, Segmentation
-from vlprune.tasks.segmentation import Confusion
 
 matplotlib.use("Agg")
 
@@ -182,7 +180,8 @@ class Bench:
         scoring: float,
         recovering: float,
     ) -> None:
-        value, low, high = self._measured(model)
+        samples = samples_of(self.test, model.eval())
+        low, high = samples.interval()
         row = Row(
             model=self.name,
             metric=metric,
@@ -190,56 +189,16 @@ class Bench:
             keep=keep,
             recovery=recovery,
             params=count_params(model),
-            value=value,
+            value=samples.value,
             low=low,
             high=high,
-            of_dense=1.0 if metric == "dense" else value / self.dense,
+            of_dense=1.0 if metric == "dense" else samples.value / self.dense,
             scoring_seconds=round(scoring, 1),
             recovery_seconds=round(recovering, 1),
         )
         self.rows.append(row)
         append(self.path, row)
         print(self.name, *row.name, f"{row.value:.2f} ({row.of_dense:.2%})", flush=True)
-
-    @torch.no_grad()
-    def _measured(self, model: nn.Module) -> tuple[float, float, float]:
-        """The measure and its interval."""
-        model.eval()
-        if isinstance(self.test, Segmentation):  # of sums over images, no mean over them
-            counts = self.test.confusions(model).counts
-            shape = counts.shape[1:]
-            return _interval(
-                counts.flatten(1).double(),
-                lambda sums: Confusion(counts=sums.unflatten(-1, shape)).iou.nanmean(-1),
-            )
-        if isinstance(self.test, Retrieval):
-            values = self.test.example_values(model)
-        else:
-            batches = self.test.batches()
-            values = torch.cat(
-                [
-                    self.test.values(self.test.outputs(model, b), self.test.targets(b))
-                    for b in batches
-                ]
-            )
-        return _interval(values.double()[:, None], lambda sums: sums[:, 0])
-
-
-def _interval(
-    rows: Tensor, measure: Callable[[Tensor], Tensor], draws: int = 1000
-) -> tuple[float, float, float]:
-    """A measure of the mean of rows [examples, numbers], and its 95 % bootstrap interval."""
-    generator = torch.Generator().manual_seed(0)
-    size = len(rows)
-    counts = torch.stack(
-        [
-            torch.randint(size, (size,), generator=generator).bincount(minlength=size)
-            for _ in range(draws)
-        ]
-    )
-    drawn = measure(counts.double() @ rows / size)
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(measure(rows.mean(0, keepdim=True))), low, high
 
 
 def table(rows: list[Row]) -> str:

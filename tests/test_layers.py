@@ -17,6 +17,7 @@ RANKS = {
     "registry": 1,
     "copies": 2,
     "measures": 2,
+    "samples": 3,
     "moments": 2,
     "intercepts": 2,
     "shapes": 2,
@@ -48,11 +49,12 @@ RANKS = {
     "store": 9,
     "pipeline": 10,
     "console": 11,
+    "compare": 12,
     "demo": 11,
     "recipes": 11,
     "zoo": 11,
-    "cli": 12,
-    "__init__": 12,
+    "cli": 13,
+    "__init__": 13,
 }
 FOLDERS = {  # folders that are no plug-ins: rank inside of them
     "ablation": {
@@ -66,6 +68,7 @@ FOLDERS = {  # folders that are no plug-ins: rank inside of them
         "engine": 3,
         "__init__": 4,
     },
+    "compare": {"results": 0, "charts": 1, "commands": 0, "run": 1, "page": 2, "__init__": 3},
     "classes": {
         "_rewriting": 0,
         "padded": 1,

@@ -439,6 +439,82 @@ def recipe(
     say(f"saved    {to / 'model'}")
 
 
+@app.command()
+def compare(
+    model: Annotated[str, typer.Option("--model", help="A MODEL, as of the other commands.")],
+    to: Annotated[Path, typer.Option("--out", help="Folder for the page and its files.")] = Path(
+        "vlprune-compare"
+    ),
+    metrics: Annotated[
+        str, typer.Option(help="See `vlprune list`; with commas.")
+    ] = "reconstruction,fisher,taylor,magnitude,random",
+    allocations: Annotated[str, typer.Option(help="See `vlprune list`; with commas.")] = "global",
+    keep: Annotated[str, typer.Option(help="Shares to keep, with commas.")] = "0.75,0.5,0.35",
+    resource: Annotated[
+        str, typer.Option("--of", help="What they are shares of: prunable_params, params, macs.")
+    ] = "prunable_params",
+    repair: Annotated[bool, typer.Option(help="Measure also what repair makes of each.")] = True,
+    task: TaskName = "",
+    test: Annotated[
+        str, typer.Option(help="Task to measure on; default: test scenes, else the same task.")
+    ] = "",
+    examples: Examples = 512,
+    test_examples: Annotated[int, typer.Option(help="Scenes to measure on.")] = 1000,
+    strategies: Strategies = "head,ffn",
+    settings: Annotated[
+        list[str], typer.Option("--set", help="Setting of a metric, metric.key=value; repeatable.")
+    ] = [],  # noqa: B006  # as above
+    scores: Annotated[
+        list[str], typer.Option(help="Ready scores, name=scores.json; repeatable.")
+    ] = [],  # noqa: B006  # as above
+    pretrained: Pretrained = "",
+    device: Device = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """Compare metrics and allocations at equal cost, on one page: accuracy, time, agreement."""
+    import vlprune.compare as comparing
+    from vlprune.compare.commands import prune_commands, settings_of, test_task
+    from vlprune.store import read_scores
+
+    made = make_model(model, pretrained, device)
+    task = task or default_task(model)
+    data = make_task(task, made, examples, seed)
+    if data is None:
+        raise ValueError("task must be given: this model has none of its own. Add --task.")
+    names = [name for name in metrics.split(",") if name]
+    options = settings_of(names, pairs(settings, "set", literal), seed)
+    with progress() as stage:
+        found = comparing.compare(
+            made,
+            data,
+            test_task(test, task, made, test_examples, seed),
+            metrics=names,
+            allocations=allocations.split(","),
+            keeps=[float(share) for share in keep.split(",")],
+            resource=resource,
+            strategies=tuple(strategies.split(",")),
+            repaired=repair,
+            settings=options,
+            scores={n: read_scores(p) for n, p in pairs(scores, "scores", Path).items()},
+            name=model,
+            command=prune_commands(
+                model,
+                options,
+                resource=resource,
+                task=task,
+                examples=examples,
+                strategies=strategies,
+                pretrained=pretrained,
+                device=device,
+                seed=seed,
+            ),
+            progress=stage,
+        )
+    page = comparing.write_page(found, to)
+    say(str(found))
+    say(f"page     {page}")
+
+
 @app.command(name="list")
 def list_() -> None:
     """List metrics, strategies, allocations, families and tasks."""

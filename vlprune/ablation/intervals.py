@@ -8,8 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from vlprune.samples import resampling_weights
+
 K = TypeVar("K")
-RESAMPLES = 1000
 
 
 def bootstrap(
@@ -24,11 +25,8 @@ def bootstrap(
     found: dict[K, tuple[float, float]] = {}
     for size in {len(row) for row in falls.values()}:
         keys = [key for key, row in falls.items() if len(row) == size]
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(size, (RESAMPLES, size), generator=generator)
-        weights = torch.zeros(RESAMPLES, size, dtype=torch.float64)
-        weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-        means = weights @ torch.stack([falls[key].double() for key in keys]).T / size
+        rows = torch.stack([falls[key].double() for key in keys])
+        means = resampling_weights(size, seed) @ rows.T
         tail = (1 - level) / 2
         low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
         found |= {key: (float(a), float(b)) for key, a, b in zip(keys, low, high, strict=True)}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vlprune.calls import Inputs, quiet_eval
 from vlprune.registry import TASKS
+from vlprune.samples import Samples
 from vlprune.tasks import _matching
 from vlprune.tasks._batches import check_repeatable, fields, first_of, no_batches
 from vlprune.tasks._models import device_of, encode_image, encode_text, logit_scale, pair_inputs
@@ -149,9 +150,9 @@ class Retrieval:
         """Return every recall."""
         return _recall(*self._found(model))
 
-    def example_values(self, model: nn.Module) -> Tensor:
-        """Return the recall mean of every pair [N] in percent, both ways; their mean counts."""
-        return _pair_values(*self._found(model))
+    def samples(self, model: nn.Module) -> Samples:
+        """Return the recall mean of every pair in percent, both ways."""
+        return Samples(rows=_pair_values(*self._found(model)).cpu()[:, None])
 
     def _found(self, model: nn.Module) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Which images found their text, and texts their image: k to [N]."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlprune.calls import Inputs, quiet_eval
 from vlprune.registry import TASKS
+from vlprune.samples import Samples
 from vlprune.tasks._batches import check_labels, check_repeatable, fields, first_of, no_batches
 from vlprune.tasks._models import device_of, predictions_of, wide
 
@@ -127,6 +128,15 @@ class Segmentation:
         """Return the confusion matrix of all batches."""
         return Confusion(counts=self.confusions(model).counts.sum(0))
 
+    def samples(self, model: nn.Module) -> Samples:
+        """Return the confusion matrix of every image, and the mean IoU of their mean."""
+        counts = self.confusions(model).counts.cpu()
+        shape = counts.shape[1:]
+        return Samples(
+            rows=counts.flatten(1).double(),
+            of_means=lambda means: _mean_iou(means.reshape(*means.shape[:-1], *shape)),
+        )
+
     def confusions(self, model: nn.Module) -> Confusion:
         """Return the confusion matrix of every image [N, C, C + 1]."""
         with torch.no_grad(), quiet_eval(model):
@@ -153,6 +163,10 @@ class Segmentation:
         cell = (image * classes + labels) * (classes + 1) + answers
         counts = torch.bincount(cell[labels >= 0], minlength=size * classes * (classes + 1))
         return counts.view(size, classes, classes + 1)
+
+
+def _mean_iou(counts: Tensor) -> Tensor:
+    return Confusion(counts=counts).iou.nanmean(-1)
 
 
 def _resized(scores: Tensor, labels: Tensor) -> Tensor:
