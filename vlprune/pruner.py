@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -13,6 +12,7 @@ from vlprune.copies import clone
 from vlprune.cutting import cut_
 from vlprune.dissect import default_inputs, fingerprint_of_model
 from vlprune.errors import PlanError, UnsupportedModelError
+from vlprune.history import names_after
 from vlprune.law import check_masked_equals_cut
 from vlprune.layout import family_of
 from vlprune.plan import Plan
@@ -112,7 +112,7 @@ class DependencyGraphPruner:
             source=source,
             plans=(*past.plans, plan),
             relative_error=error,
-            repaired=_names_after(past.repaired, plan),
+            repaired=names_after(past.repaired, plan),
             repairs=past.repairs,
         )
         attach_record(cut, record)
@@ -122,23 +122,6 @@ class DependencyGraphPruner:
         if self.example_inputs is None:
             return default_inputs(self.model, batch=2)
         return self.example_inputs
-
-
-def _names_after(names: Iterable[str], plan: Plan) -> tuple[str, ...]:
-    """What tensors are called when the layers are gone that a plan deletes."""
-    for row in plan.rows:
-        if row.axis.removal == "delete" and row.removed:
-            gone = [row.axis.gate.modules[unit] + "." for unit in row.removed]
-            stay = [row.axis.gate.modules[unit] + "." for unit in row.keep]
-            stack = stay[0].rstrip(".").rpartition(".")[0] if stay else ""
-            now = {path: f"{stack}.{i}." for i, path in enumerate(stay)}
-            found = []
-            for name in names:
-                if not name.startswith(tuple(gone)):
-                    path = next((path for path in stay if name.startswith(path)), "")
-                    found.append(now.get(path, path) + name.removeprefix(path))
-            names = found
-    return tuple(names)
 
 
 def source_of(model: nn.Module) -> dict[str, Any] | None:

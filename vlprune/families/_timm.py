@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from vlprune.families._sizes import exact_ratio, first_rows
+from vlprune.history import Fate
 
 
 def example_inputs(model: Any, batch: int) -> tuple[Tensor]:
@@ -40,7 +45,7 @@ def describe(model: Any) -> dict[str, Any] | None:
             "embed_dim": model.embed_dim,
             "depth": len(model.blocks),
             "num_heads": block.attn.num_heads,
-            "mlp_ratio": block.mlp.fc1.out_features / model.embed_dim,
+            "mlp_ratio": exact_ratio(block.mlp.fc1.out_features, model.embed_dim),
         },
     }
 
@@ -60,3 +65,21 @@ def create(name: str, pretrained: str | bool = False, **arguments: Any) -> nn.Mo
         arguments["pretrained_cfg_overlay"] = {"input_size": (3, height, width)}
     model: nn.Module = timm.create_model(name, pretrained=bool(pretrained), **arguments)
     return model.eval()
+
+
+def stock(model: Any, fates: Mapping[str, Fate], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a VisionTransformer with the depth and neurons of a cut one."""
+    changed = dict(arguments["arguments"])
+    neurons = first_rows(model.blocks, "mlp.fc1")
+    changed["depth"] = len(model.blocks)
+    if neurons is not None:
+        changed["mlp_ratio"] = exact_ratio(neurons, model.embed_dim)
+    return {**arguments, "arguments": changed}
+
+
+def write(model: Any, arguments: dict[str, Any], folder: Path) -> str:
+    """Write config.json and model.safetensors as `timm.create_model("local-dir:...")` reads them."""
+    from timm.models import save_for_hf  # lazy: spares timm where no timm model is used
+
+    save_for_hf(model, str(folder), model_args=arguments["arguments"], safe_serialization=True)
+    return 'timm.create_model("local-dir:FOLDER", pretrained=True)'

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlprune.calls import Inputs
-from vlprune.families import _transformers
+from vlprune.families import _transformers, _transformers_stock as _stock
 from vlprune.layout import AttentionLayout, BlockLayout, Family, HalfLayout
 from vlprune.registry import FAMILIES
 
@@ -64,6 +64,8 @@ FAMILIES.register("hf_blip")(
         describe=_transformers.describe,
         build=_transformers.build,
         create=_transformers.create,
+        stock=_stock.stock,
+        write=_stock.write,
         attentions=(
             AttentionLayout(
                 cls=f"{_MODELING}.BlipAttention",

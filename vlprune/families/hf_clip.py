@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlprune.families import _transformers
+from vlprune.families import _transformers, _transformers_stock as _stock
 from vlprune.layout import AttentionLayout, BlockLayout, Family
 from vlprune.registry import FAMILIES
 
@@ -31,6 +31,8 @@ FAMILIES.register("hf_clip")(
         describe=_transformers.describe,
         build=_transformers.build,
         create=_transformers.create,
+        stock=_stock.stock,
+        write=_stock.write,
         attentions=(
             AttentionLayout(
                 cls="transformers.models.clip.modeling_clip.CLIPAttention",

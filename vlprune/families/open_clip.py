@@ -9,13 +9,17 @@ import contextlib
 import functools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from vlprune.errors import PlanError
+from vlprune.families._sizes import exact_ratio, first_rows
+from vlprune.history import Fate
 from vlprune.layout import AttentionLayout, BlockLayout, Family, HalfLayout
 from vlprune.registry import FAMILIES
 
@@ -64,7 +68,7 @@ def _vision_config(visual: Any) -> dict[str, Any]:
         "layers": len(visual.transformer.resblocks),
         "width": width,
         "head_width": width // block.attn.num_heads,
-        "mlp_ratio": block.mlp.c_fc.out_features / width,
+        "mlp_ratio": exact_ratio(block.mlp.c_fc.out_features, width),
         "ls_init_value": _layer_scale(block),
         "pool_type": visual.pool_type,
         "final_ln_after_pool": visual.final_ln_after_pool,
@@ -82,7 +86,7 @@ def _text_config(model: Any) -> dict[str, Any]:
         "width": width,
         "heads": block.attn.num_heads,
         "layers": len(model.transformer.resblocks),
-        "mlp_ratio": block.mlp.c_fc.out_features / width,
+        "mlp_ratio": exact_ratio(block.mlp.c_fc.out_features, width),
         "ls_init_value": _layer_scale(block),
         "pool_type": model.text_pool_type,
         "eos_id": model.text_eos_id,
@@ -157,6 +161,48 @@ def create(name: str, pretrained: str | bool = False, **arguments: Any) -> nn.Mo
     return model.eval()
 
 
+def stock(model: Any, fates: Mapping[str, Fate], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `open_clip.CLIP` with the depth and neurons of a cut one."""
+    towers = {
+        "vision_cfg": getattr(model.visual, "transformer", None),
+        "text_cfg": getattr(getattr(model, "text", model), "transformer", None),
+    }
+    changed = dict(arguments)
+    for name, tower in towers.items():
+        blocks = getattr(tower, "resblocks", None)
+        if blocks is None:
+            continue
+        neurons = first_rows(blocks, "mlp.c_fc")
+        changed[name] = {**arguments[name], "layers": len(blocks)}
+        if neurons is not None:
+            changed[name]["mlp_ratio"] = exact_ratio(neurons, arguments[name]["width"])
+    return changed
+
+
+def write(model: Any, arguments: dict[str, Any], folder: Path) -> str:
+    """Write config and weights as `open_clip.create_model("local-dir:...")` reads them.
+
+    Raises:
+        PlanError: if a tower is of another library: open_clip knows those by name only.
+    """
+    from open_clip.model import get_model_preprocess_cfg  # lazy: spares open_clip
+
+    foreign = [name for name in ("timm_arguments", "hf_config") if name in arguments]
+    if foreign:
+        raise PlanError(
+            f"towers must be open_clip's own to be saved plain; {', '.join(foreign)} stand for one "
+            "that open_clip knows by its name only. Save it with vlprune.save_pretrained."
+        )
+    config = {key: value for key, value in arguments.items() if key != "class"}
+    if arguments.get("class", "CLIP") != "CLIP":
+        config["custom_text"] = True
+    whole = {"model_cfg": config, "preprocess_cfg": get_model_preprocess_cfg(model)}
+    (folder / "open_clip_config.json").write_text(json.dumps(whole, indent=2) + "\n")
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
+    return 'open_clip.create_model("local-dir:FOLDER")'
+
+
 FAMILIES.register("open_clip")(
     Family(
         models=(
@@ -169,6 +215,8 @@ FAMILIES.register("open_clip")(
         describe=describe,
         build=build,
         create=create,
+        stock=stock,
+        write=write,
         attentions=(
             AttentionLayout(
                 cls="open_clip.modified_resnet.AttentionPool2d",

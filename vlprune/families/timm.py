@@ -14,6 +14,8 @@ FAMILIES.register("timm")(
         describe=_timm.describe,
         build=_timm.build,
         create=_timm.create,
+        stock=_timm.stock,
+        write=_timm.write,
         attentions=(
             AttentionLayout(
                 cls="timm.layers.attention.Attention",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlprune.calls import Inputs
-from vlprune.families import _transformers, _transformers_inputs
+from vlprune.families import _transformers, _transformers_inputs, _transformers_stock as _stock
 from vlprune.layout import Family
 from vlprune.registry import FAMILIES
 
@@ -74,5 +74,7 @@ FAMILIES.register("transformers")(
         describe=_transformers.describe,
         build=_transformers.build,
         create=_transformers.create,
+        stock=_stock.stock,
+        write=_stock.write,
     )
 )
