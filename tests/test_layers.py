@@ -21,7 +21,7 @@ RANKS = {
     "moments": 2,
     "intercepts": 2,
     "shapes": 2,
-    "layout": 4,
+    "layout": 2,
     "models": 2,
     "plan": 2,
     "history": 3,

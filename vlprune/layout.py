@@ -18,7 +18,6 @@ from torch import nn
 from vlprune.anatomy import GateKind
 from vlprune.calls import Inputs
 from vlprune.errors import UnsupportedModelError
-from vlprune.history import Fate
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +95,7 @@ class Family:
         describe: model to the JSON arguments of `build`, or None where they cannot be told.
         build: those arguments to a model with random weights, in eval mode, without a download.
         create: (name, pretrained, keyword arguments) to a model, for `vlprune.create_model`.
-        stock: (cut model, what became of its axes, arguments of `build` for the original) to those
+        stock: (cut model, what became of its axes (`history.py`), arguments of `build` for the original) to those
             of the library's own class of the cut model's sizes, one size for all layers of a stack;
             whether it holds the plan is tried afterwards. `plain.py` asks.
         write: (such a stock model, its arguments, folder) writes files that the library loads by
@@ -111,7 +110,7 @@ class Family:
     describe: Callable[[nn.Module], dict[str, Any] | None] | None = None
     build: Callable[[dict[str, Any]], nn.Module] | None = None
     create: Callable[..., nn.Module] | None = None
-    stock: Callable[[nn.Module, Mapping[str, Fate], dict[str, Any]], dict[str, Any]] | None = None
+    stock: Callable[[nn.Module, Mapping[str, Any], dict[str, Any]], dict[str, Any]] | None = None
     write: Callable[[nn.Module, dict[str, Any], Path], str] | None = None
 
 

@@ -51,6 +51,7 @@ class Record:
         relative_error: of the last check masked = cut, None where it was not run.
         repaired: tensors that are not the original's any more, by their names in this model.
         repairs: what was done to them.
+        trained: whether weights were trained since the last cut (`fit` and `distil` note it).
     """
 
     source: dict[str, Any] | None = None
@@ -58,6 +59,7 @@ class Record:
     relative_error: float | None = None
     repaired: tuple[str, ...] = ()
     repairs: tuple[Repair, ...] = ()
+    trained: bool = False
 
 
 def record_of(model: nn.Module) -> Record:
@@ -114,6 +116,7 @@ class DependencyGraphPruner:
             relative_error=error,
             repaired=names_after(past.repaired, plan),
             repairs=past.repairs,
+            trained=past.trained,
         )
         attach_record(cut, record)
         return cut

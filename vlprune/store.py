@@ -1,5 +1,7 @@
 """Cut models on disk: config.json (how to build the original), plan.json, model.safetensors.
 
+Beside them certificate.json, if there is one: what was proven.
+
 Loading builds the original, cuts it by the plans, and loads the weights strictly: outputs are
 bit-equal to the saved model's. Never pickle. Every file is bound by its SHA-256, so a truncated,
 edited or foreign folder is refused before anything is loaded; writing is atomic.
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprune.calls import calls_of, cast, quiet_eval, run, tensors_of
+from vlprune.certificate import Certificate, hash_of_weights
 from vlprune.copies import clone
 from vlprune.cutting import cut_
 from vlprune.dissect import default_inputs
@@ -32,6 +35,8 @@ from vlprune.registry import FAMILIES
 
 FORMAT = 1
 _CONFIG, _PLAN, _WEIGHTS = "config.json", "plan.json", "model.safetensors"
+_CERTIFICATE = "certificate.json"
+_FILES = [_CONFIG, _PLAN, _WEIGHTS, _CERTIFICATE]
 
 
 def save_pretrained(
@@ -40,6 +45,7 @@ def save_pretrained(
     *,
     source: dict[str, Any] | None = None,
     verify: bool = True,
+    certificate: Certificate | None = None,
 ) -> Path:
     """Save a cut (or whole) model so that `from_pretrained` gives it back bit-equal.
 
@@ -49,6 +55,7 @@ def save_pretrained(
         source: {"family": name, "arguments": ...} for `Family.build` of the original; default: what
             the model carries from `prune` or `create_model`.
         verify: load the files once before they take their place, and compare.
+        certificate: of this model, to lie beside it (`certify`).
 
     Raises:
         CheckpointError: if the original cannot be built, the folder holds something else, or the
@@ -63,12 +70,16 @@ def save_pretrained(
             'tell. Make the model with vlprune.create_model, or give source={"family": ..., '
             '"arguments": ...}.'
         )
+    if certificate is not None and certificate.hashes["weights"] != hash_of_weights(model):
+        raise CheckpointError(
+            "certificate must be of this model; its weights are others. Certify it again."
+        )
     check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         staged = Path(scratch) / "checkpoint"
         staged.mkdir()
-        _write(model, dataclasses.replace(record, source=source), staged)
+        _write(model, dataclasses.replace(record, source=source), staged, certificate)
         if verify:
             _check_reload(model, from_pretrained(staged))
         _put_in_place(staged, folder, Path(scratch))
@@ -104,6 +115,7 @@ def from_pretrained(
         relative_error=config["relative_error"],
         repaired=tuple(config.get("repaired", ())),
         repairs=tuple(Repair(**repair) for repair in config.get("repairs", ())),
+        trained=config.get("trained", False),
     )
     attach_record(model, record)
     return model.to(device) if device is not None else model
@@ -126,6 +138,19 @@ def read_scores(path: str | os.PathLike[str]) -> Scores:
         CheckpointError: if it holds none.
     """
     found: Scores = _read_json(Path(path), Scores)
+    return found
+
+
+def read_certificate(folder: str | os.PathLike[str]) -> Certificate | None:
+    """Read what was proven of a saved model; None where it has no certificate.
+
+    Raises:
+        CheckpointError: if the folder's files are not as they were saved.
+    """
+    folder = _local(folder)
+    if _CERTIFICATE not in _read_config(folder)["sha256"]:
+        return None
+    found: Certificate = _read_json(folder / _CERTIFICATE, Certificate)
     return found
 
 
@@ -168,11 +193,17 @@ def _read_json(path: Path, kind: Any) -> Any:
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def _write(model: nn.Module, record: Record, folder: Path) -> None:
+def _write(
+    model: nn.Module, record: Record, folder: Path, certificate: Certificate | None
+) -> None:
     state, ties = _unique_state(model)
     safetensors.torch.save_file(state, folder / _WEIGHTS)
     plans = b",".join(_dump(plan) for plan in record.plans)
     (folder / _PLAN).write_bytes(b'{"plans":[' + plans + b"]}")
+    files = [_PLAN, _WEIGHTS]
+    if certificate is not None:
+        (folder / _CERTIFICATE).write_bytes(_dump(certificate))
+        files.append(_CERTIFICATE)
     config: dict[str, Any] = {
         "format": FORMAT,
         "source": record.source,
@@ -180,8 +211,9 @@ def _write(model: nn.Module, record: Record, folder: Path) -> None:
         "relative_error": record.relative_error,
         "repaired": record.repaired,
         "repairs": [dataclasses.asdict(repair) for repair in record.repairs],
+        "trained": record.trained,
         "versions": versions(),
-        "sha256": {name: _sha256(folder / name) for name in (_PLAN, _WEIGHTS)},
+        "sha256": {name: _sha256(folder / name) for name in files},
     }
     config["checksum"] = _checksum(config)
     (folder / _CONFIG).write_text(json.dumps({"vlprune": config}, indent=2) + "\n")
@@ -220,7 +252,7 @@ def _put_in_place(staged: Path, folder: Path, scratch: Path) -> None:
     """Move `staged` to `folder` in one rename; other files of an old checkpoint come along."""
     if folder.is_dir():
         for other in folder.iterdir():
-            if other.name not in (_CONFIG, _PLAN, _WEIGHTS):
+            if other.name not in _FILES:
                 copy = shutil.copytree if other.is_dir() else shutil.copy2
                 copy(other, staged / other.name)
         os.rename(folder, scratch / "replaced")
@@ -268,7 +300,7 @@ def _local(folder: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download  # lazy: only for names on the hub
 
     try:
-        return Path(snapshot_download(str(folder), allow_patterns=[_CONFIG, _PLAN, _WEIGHTS]))
+        return Path(snapshot_download(str(folder), allow_patterns=_FILES))
     except Exception as error:  # the hub's own and its HTTP client's have no common base
         reason = str(error).partition("\n")[0]
         raise CheckpointError(

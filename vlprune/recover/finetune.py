@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprune.calls import map_tensors
+from vlprune.pruner import Record, attach_record, record_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -164,6 +165,8 @@ def fit(
         tracker.finish()
     if training.checkpointing:
         _checkpoint_activations(model, on=False)
+    if record_of(model) != Record():
+        attach_record(model, dataclasses.replace(record_of(model), trained=True))
     return model.eval()
 
 
