@@ -152,7 +152,9 @@ class Certificate:
     def _dead(self) -> str:
         if self.dead is None:
             return "dead     units: not looked for"
-        gone, kept = (sum(len(getattr(d, which)) for d in self.dead) for which in ("removed", "kept"))
+        gone, kept = (
+            sum(len(getattr(d, which)) for d in self.dead) for which in ("removed", "kept")
+        )
         return f"dead     units without any effect: {gone} of the removed, {kept} of the kept"
 
 

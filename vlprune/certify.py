@@ -74,9 +74,7 @@ def certify(
     Raises:
         ValueError: for an unknown claim, or a model that was never cut.
     """
-    unknown = [name for name in claims if name not in COSTLY]
-    if unknown:
-        raise ValueError(f"claims must be of {', '.join(COSTLY)}; got {unknown[0]!r}.")
+    claims_of(",".join(claims))
     record = record_of(small)
     if not record.plans:
         raise ValueError("small must carry a plan; this model was never cut by vlprune.prune.")
@@ -114,6 +112,19 @@ def certify(
             **({} if task is None else {"data": hash_of_values(list(task.batches()))}),
         },
     )
+
+
+def claims_of(text: str) -> tuple[str, ...]:
+    """Return the costly claims that a text with commas names.
+
+    Raises:
+        ValueError: if it names another.
+    """
+    names = tuple(filter(None, text.split(",")))
+    unknown = [name for name in names if name not in COSTLY]
+    if unknown:
+        raise ValueError(f"claims must be of {', '.join(COSTLY)}; got {unknown[0]!r}.")
+    return names
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +166,7 @@ def verify_folder(
 
 
 def original_of(small: nn.Module) -> nn.Module | None:
-    """Return the model that `small` was cut from, made again; None where its weights are unknown."""
+    """Return the model that `small` was cut from, made again; None if its weights are lost."""
     made = (record_of(small).source or {}).get("made") or {}
     if made.get("spec") and (made["pretrained"] or made["spec"] in SHIPPED):
         return create_model(made["spec"], pretrained=made["pretrained"], **made["arguments"])
@@ -211,7 +222,9 @@ class _Past:
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is not None and other is not None and torch.equal(one.cpu(), other.to(one.dtype).cpu())
+    return (
+        one is not None and other is not None and torch.equal(one.cpu(), other.to(one.dtype).cpu())
+    )
 
 
 def _masked(small: nn.Module, past: _Past | None, inputs: Inputs, trained: bool) -> Claim:
@@ -229,7 +242,7 @@ def _masked(small: nn.Module, past: _Past | None, inputs: Inputs, trained: bool)
             ["repaired"] * bool(past.weights.repaired) + ["trained"] * bool(past.changed)
         )
         if past.same_names:  # this model's own classes and knobs, with the weights of the cut
-            state = {n: t for n, t in past.cut.state_dict().items()}
+            state = dict(past.cut.state_dict())
             if not trained:
                 state |= {n: small.state_dict()[n] for n in past.changed}
             tested.load_state_dict(state)
@@ -271,8 +284,13 @@ def _achieved(small: nn.Module, axes: Sequence[AxisCount], last: Plan) -> Claim:
     elif last.planned is not None and last.planned.params != count_params(small):
         error = float(abs(last.planned.params - count_params(small)))
         note = f"{last.planned.params:,} params were planned, {count_params(small):,} are there"
-    verdict = "failed" if error else "proven"
-    return Claim(name="planned = achieved", verdict=verdict, error=error, tolerance=0.0, note=note)
+    return Claim(
+        name="planned = achieved",
+        verdict="failed" if error else "proven",
+        error=error,
+        tolerance=0.0,
+        note=note,
+    )
 
 
 def _reloaded(small: nn.Module, inputs: Inputs) -> Claim:
@@ -353,7 +371,8 @@ def _structure(small: nn.Module) -> nn.Module | None:
         return None
     try:
         with init_empty_weights(), torch.random.fork_rng(devices=[]):
-            return family.build(source["arguments"])
+            built: nn.Module = family.build(source["arguments"])
+            return built
     except (CheckpointError, UnsupportedModelError, NotImplementedError):
         return None
 

@@ -1,4 +1,4 @@
-"""The command line: inspect, score, plan, prune, verify, recipe, zoo, list, demo.
+"""The command line: inspect, score, plan, prune, verify, export, recipe, zoo, list, demo.
 
 MODEL is open_clip:NAME, timm:NAME, hf:FOLDER, scenes-..., or a folder saved by vlprune. What a
 user can get wrong ends in a message and exit code 2; a model that breaks the law in exit code 1.
@@ -68,6 +68,9 @@ Budget = Annotated[
 AllocationName = Annotated[str, typer.Option("--allocation", help="See `vlprune list`.")]
 AllocationOptions = Annotated[
     list[str], typer.Option("--with", help="Option of the allocation, key=value; repeatable.")
+]
+Certify = Annotated[
+    str, typer.Option(help="Prove more, with commas: compile, export, onnx (slow).")
 ]
 MinUnits = Annotated[int, typer.Option(help="Units that stay on every axis at least.")]
 
@@ -258,12 +261,20 @@ def plan(
         Path | None, typer.Option(help="Other scores that choose within an axis, JSON.")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw what stays, PNG.")] = None,
+    plain: Annotated[
+        str, typer.Option(help="The MODEL: a plan that its library's own class can hold.")
+    ] = "",
+    task: TaskName = "",
 ) -> None:
     """Choose what stays within a budget."""
     import vlprune
     from vlprune.report import draw_plan
     from vlprune.store import read_scores, write_json
 
+    if plain:
+        asked = pairs(budget, "budget", float)
+        write_json(_plain_plan(read_scores(scores), asked, plain, task, min_units), to)
+        return
     chosen = vlprune.plan(
         read_scores(scores),
         pairs(budget, "budget", float),
@@ -276,6 +287,17 @@ def plan(
     if picture:
         draw_plan(chosen, picture)
     _show_plan(chosen)
+
+
+def _plain_plan(scores: Any, budget: Any, spec: str, task: str, min_units: int) -> Any:
+    """A plan that a stock class holds, shown with what that restriction costs."""
+    from vlprune.plain import plain_plan, restriction
+
+    model = make_model(spec, "", "cpu")
+    chosen = plain_plan(scores, budget, model, min_units=min_units)
+    _show_plan(chosen)
+    say(f"plain    {restriction(scores, chosen, model, make_task(task, model, 256, 0))}")
+    return chosen
 
 
 @app.command()
@@ -302,17 +324,21 @@ def prune(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Cut, repair and score again so often.")] = 1,
+    certify: Certify = "",
     pretrained: Pretrained = "",
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
     """Cut a model, repair it, prove that masked = cut, and save it."""
     import vlprune
+    from vlprune.certify import certify as prove
+    from vlprune.certify import claims_of
     from vlprune.cost import count_params
     from vlprune.pruner import record_of
     from vlprune.store import check_target, read_plan
 
     check_target(to)
+    asked = claims_of(certify)
     dense = make_model(model, pretrained, device)
     task = task or default_task(model)
     data = make_task(task, dense, examples, seed)
@@ -344,8 +370,10 @@ def prune(
     for made in record_of(small).plans:
         _show_plan(made)
     _show_repairs(record_of(small).repairs)
-    vlprune.save_pretrained(small, to)
+    proof = prove(small, dense, claims=asked, task=data)
+    vlprune.save_pretrained(small, to, certificate=proof)
     error = record_of(small).relative_error
+    say(str(proof))
     out.print(f"achieved {count_params(small):,} params of {count_params(dense):,}")
     say(f"proven   masked = cut to {error:.1e}; saved and reloaded bit-equal: {to}")
 
@@ -356,29 +384,50 @@ def verify(
     original: Annotated[
         str, typer.Option(help="The dense MODEL; default: the one the checkpoint names.")
     ] = "",
+    certify: Certify = "",
     pretrained: Pretrained = "",
 ) -> None:
     """Check a saved model: files, weights, plan, and masked = cut against the original."""
-    import vlprune
-    from vlprune.cost import count_params
-    from vlprune.pruner import record_of
-    from vlprune.shipped import SHIPPED
+    from vlprune.certify import claims_of, verify_folder
 
-    small = vlprune.from_pretrained(folder)
-    record = record_of(small)
-    out.print(f"files    intact; {count_params(small):,} params load strictly")
-    made = (record.source or {}).get("made") or {}
-    if not original and made.get("spec") and (made["pretrained"] or made["spec"] in SHIPPED):
-        dense = vlprune.create_model(
-            made["spec"], pretrained=made["pretrained"], **made["arguments"]
-        )
-    elif original:
-        dense = make_model(original, pretrained, "cpu")
-    else:
-        out.print("original its weights are unknown; give --original MODEL to check masked = cut")
+    dense = make_model(original, pretrained, "cpu") if original else None
+    found = verify_folder(folder, dense, claims=claims_of(certify))
+    say(f"files    intact; {found.now.params[2]:,} params load strictly")
+    say(str(found.now))
+    if found.faults:
+        raise LawError("the saved model must be what was proven; " + "; ".join(found.faults))
+    law = found.now.claim("masked = cut")
+    if law.verdict == "not tested":
+        say("original its weights are unknown; give --original MODEL to check masked = cut")
         return
-    error = vlprune.verify(dense, small)
-    out.print(f"proven   the masked original computes what this model computes, to {error:.1e}")
+    say(f"proven   the masked original computes what this model computes, to {law.error:.1e}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="What `vlprune prune` saved.")],
+    onnx: Annotated[Path | None, typer.Option(help="An ONNX file to write.")] = None,
+    torch_export: Annotated[
+        Path | None, typer.Option(help="A file for torch.export.load to write.")
+    ] = None,
+    plain: Annotated[
+        Path | None, typer.Option(help="A folder that the library loads without vlprune.")
+    ] = None,
+) -> None:
+    """Write a saved model as ONNX, torch.export program or plain folder; each is compared."""
+    import vlprune
+    from vlprune.export import to_onnx, to_torch_export
+    from vlprune.plain import to_plain
+
+    if not (onnx or torch_export or plain):
+        raise ValueError("export must be told what; add --onnx, --torch-export or --plain.")
+    small = vlprune.from_pretrained(folder)
+    if onnx:
+        say(f"onnx     {to_onnx(small, onnx)}")
+    if torch_export:
+        say(f"export   {to_torch_export(small, torch_export)}")
+    if plain:
+        say(f"plain    {to_plain(small, plain)}")
 
 
 @app.command()
@@ -566,7 +615,7 @@ def main() -> None:
         app()
     except (LawError, TraceError) as error:
         _fail(error, 1)
-    except (ValueError, LookupError, TypeError, OSError) as error:
+    except (ValueError, LookupError, TypeError, OSError, ImportError) as error:
         _fail(error, 2)
 
 

@@ -105,7 +105,7 @@ def to_onnx(
 
     def answer(c: Call) -> list[Tensor]:
         names = [entry.name for entry in session.get_inputs()]
-        leaves = [leaf for leaf in pytree.tree_leaves((c.args, dict(c.kwargs)))]
+        leaves = pytree.tree_leaves((c.args, dict(c.kwargs)))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         feed = {n: t.numpy() for n, t in zip(names, tensors, strict=True)}
         return [torch.from_numpy(found) for found in session.run(None, feed)]

@@ -95,9 +95,9 @@ class Family:
         describe: model to the JSON arguments of `build`, or None where they cannot be told.
         build: those arguments to a model with random weights, in eval mode, without a download.
         create: (name, pretrained, keyword arguments) to a model, for `vlprune.create_model`.
-        stock: (cut model, what became of its axes (`history.py`), arguments of `build` for the original) to those
-            of the library's own class of the cut model's sizes, one size for all layers of a stack;
-            whether it holds the plan is tried afterwards. `plain.py` asks.
+        stock: (cut model, what became of its axes (`history.py`), arguments of `build` for the
+            original) to those of the library's own class of the cut model's sizes, one size for
+            all layers of a stack; whether it holds the plan is tried afterwards. `plain.py` asks.
         write: (such a stock model, its arguments, folder) writes files that the library loads by
             itself, and returns the line of Python that does, with `FOLDER` for the folder.
     """

@@ -181,7 +181,8 @@ def restriction(
     Args:
         scores: that both are made of.
         plain: as `plain_plan` returned it.
-        model, task: to measure the model masked by each.
+        model: to measure, masked by each.
+        task: that measures.
     """
     free = plan(scores, plain.asked)
     measures = None
@@ -343,10 +344,11 @@ def _built(
             with init_empty_weights():
                 return family.build(arguments)
     except Exception as error:  # whatever a library says of sizes that it cannot hold
+        kept = _kept_of(fates_of(record_of(small).plans))
         raise PlanError(
             f"a stock {type(small).__name__} must hold the plan; built with its sizes it raises "
-            f"{type(error).__name__}: {str(error).rstrip('.')}. It keeps {_kept_of(fates_of(record_of(small).plans))}"
-            f". {_MEND}"
+            f"{type(error).__name__}: {str(error).rstrip('.')}. It keeps {kept}. "
+            f"{_MEND}"
         ) from error
 
 
@@ -365,7 +367,8 @@ def _check_shapes(small: nn.Module, stock: nn.Module) -> None:
     hit = {
         name: fate
         for name, fate in fates.items()
-        if any(tensor in wrong for tensor, _, _ in fate.tensors) and len(fate.keep) < fate.axis.units
+        if any(tensor in wrong for tensor, _, _ in fate.tensors)
+        and len(fate.keep) < fate.axis.units
     }
     what = _kept_of(hit) if hit else f"tensors such as {sorted(wrong)[0]!r} that it sizes otherwise"
     raise PlanError(

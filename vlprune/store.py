@@ -193,9 +193,7 @@ def _read_json(path: Path, kind: Any) -> Any:
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def _write(
-    model: nn.Module, record: Record, folder: Path, certificate: Certificate | None
-) -> None:
+def _write(model: nn.Module, record: Record, folder: Path, certificate: Certificate | None) -> None:
     state, ties = _unique_state(model)
     safetensors.torch.save_file(state, folder / _WEIGHTS)
     plans = b",".join(_dump(plan) for plan in record.plans)

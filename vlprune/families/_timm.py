@@ -78,7 +78,7 @@ def stock(model: Any, fates: Mapping[str, Fate], arguments: dict[str, Any]) -> d
 
 
 def write(model: Any, arguments: dict[str, Any], folder: Path) -> str:
-    """Write config.json and model.safetensors as `timm.create_model("local-dir:...")` reads them."""
+    """Write config.json and model.safetensors as `timm.create_model` reads a local folder."""
     from timm.models import save_for_hf  # lazy: spares timm where no timm model is used
 
     save_for_hf(model, str(folder), model_args=arguments["arguments"], safe_serialization=True)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from vlprune.calls import Inputs
-from vlprune.families import _transformers, _transformers_stock as _stock
+from vlprune.families import _transformers
+from vlprune.families import _transformers_stock as _stock
 from vlprune.layout import AttentionLayout, BlockLayout, Family, HalfLayout
 from vlprune.registry import FAMILIES
 

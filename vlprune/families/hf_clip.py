@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlprune.families import _transformers, _transformers_stock as _stock
+from vlprune.families import _transformers
+from vlprune.families import _transformers_stock as _stock
 from vlprune.layout import AttentionLayout, BlockLayout, Family
 from vlprune.registry import FAMILIES
 

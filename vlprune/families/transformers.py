@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vlprune.calls import Inputs
-from vlprune.families import _transformers, _transformers_inputs, _transformers_stock as _stock
+from vlprune.families import _transformers, _transformers_inputs
+from vlprune.families import _transformers_stock as _stock
 from vlprune.layout import Family
 from vlprune.registry import FAMILIES
 
