@@ -65,6 +65,27 @@ def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 # -- what works ------------------------------------------------------------------------------------
 
 
+def test_a_plain_plan_is_pruned_certified_verified_and_exported(
+    dense: Path, tmp_path: Path, fail
+) -> None:
+    scores, plan, half = tmp_path / "s.json", tmp_path / "p.json", tmp_path / "half"
+    ok("score", dense, "--metric", "random", "--strategies", "ffn", "--out", scores)
+    text = ok("plan", scores, "--budget", "params=0.8", "--plain", dense, "--out", plan)
+    assert re.search(r"plain keeps [\d.]+% of the scores \(free [\d.]+%\) with", text)
+    assert len({len(row.keep) for row in read_plan(plan).rows}) == 1
+    text = ok("prune", dense, "--plan", plan, "--out", half, "--certify", "export")
+    assert "cut = exported proven to " in text
+    assert "cut = ONNX not tested; ask with --certify onnx" in text
+    assert (half / "certificate.json").is_file()
+    text = ok("verify", half, "--original", dense)
+    assert "planned = achieved proven to 0.0e+00" in text
+    text = ok("export", half, "--torch-export", tmp_path / "m.pt2", "--plain", tmp_path / "plain")
+    assert "any number of examples" in text
+    assert f'timm.create_model("local-dir:{tmp_path / "plain"}", pretrained=True)' in text
+    assert "add --onnx, --torch-export or --plain" in fail("export", half)
+    assert "claims must be of compile, export, onnx" in fail("verify", half, "--certify", "all")
+
+
 def test_list_shows_every_registered_name_and_what_it_is() -> None:
     shown = [re.split(r"\s*[│┃|]\s*", line) for line in run("list").stdout.splitlines()]
     rows = {tuple(cells[1:3]): cells[3] for cells in shown if len(cells) > 3}

@@ -1,4 +1,4 @@
-"""The hub's verbs against a local folder and a hub that is played: card, picture, bit-equal model."""
+"""The hub's verbs against a local folder and a played hub: card, picture, bit-equal model."""
 
 import shutil
 from pathlib import Path
@@ -101,6 +101,11 @@ def test_what_is_pushed_is_what_is_loaded(tmp_path: Path, monkeypatch) -> None:
     loaded = vlprune.from_pretrained("me/half")
     assert_equal(loaded, small)
     assert record_of(loaded).plans == record_of(small).plans
+    monkeypatch.setattr(
+        huggingface_hub.hub_mixin,
+        "hf_hub_download",
+        lambda repo_id, filename, **_: str(hub / repo_id / filename),
+    )
     assert HubModel.from_pretrained("me/half").certificate == proof
 
 

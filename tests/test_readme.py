@@ -11,7 +11,7 @@ from vlprune.registry import METRICS
 ROOT = Path(__file__).parent.parent
 BLOCKS = [
     pytest.param(code, id=f"{name}-{number}")
-    for name in ("README.md", "CONTRIBUTING.md", "docs/learned_masks.md")
+    for name in ("README.md", "CONTRIBUTING.md", "docs/learned_masks.md", "docs/shipping.md")
     for number, code in enumerate(
         re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
     )

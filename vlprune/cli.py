@@ -416,16 +416,16 @@ def export(
 ) -> None:
     """Write a saved model as ONNX, torch.export program or plain folder; each is compared."""
     import vlprune
-    from vlprune.export import to_onnx, to_torch_export
+    from vlprune.export import files_of, to_onnx, to_torch_export
     from vlprune.plain import to_plain
 
     if not (onnx or torch_export or plain):
         raise ValueError("export must be told what; add --onnx, --torch-export or --plain.")
     small = vlprune.from_pretrained(folder)
-    if onnx:
-        say(f"onnx     {to_onnx(small, onnx)}")
-    if torch_export:
-        say(f"export   {to_torch_export(small, torch_export)}")
+    for path, inputs in files_of(small, onnx) if onnx else ():
+        say(f"onnx     {to_onnx(small, path, example_inputs=inputs)}")
+    for path, inputs in files_of(small, torch_export) if torch_export else ():
+        say(f"export   {to_torch_export(small, path, example_inputs=inputs)}")
     if plain:
         say(f"plain    {to_plain(small, plain)}")
 

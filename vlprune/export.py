@@ -50,6 +50,23 @@ class Exported:
         return f"{self.path}: equal to {self.relative_error:.1e}, {batch}"
 
 
+def files_of(model: nn.Module, path: str | os.PathLike[str]) -> list[tuple[Path, Inputs]]:
+    """Return a file and example inputs for each forward of a model.
+
+    The file of one forward is `path`; of several, the first is `NAME-0.SUFFIX`.
+    """
+    calls = calls_of(default_inputs(model, batch=2))
+    path = Path(path)
+    if len(calls) == 1:
+        return [(path, _inputs_of(calls[0]))]
+    names = (path.with_stem(f"{path.stem}-{i}") for i in range(len(calls)))
+    return [(name, _inputs_of(call)) for name, call in zip(names, calls, strict=True)]
+
+
+def _inputs_of(call: Call) -> Inputs:
+    return dict(call.kwargs) if not call.args else call.args
+
+
 def to_torch_export(
     model: nn.Module, path: str | os.PathLike[str], *, example_inputs: Inputs | None = None
 ) -> Exported:
@@ -134,15 +151,16 @@ def compile_error(model: nn.Module, example_inputs: Inputs | None = None) -> flo
 
 
 def export_error(model: nn.Module, example_inputs: Inputs | None = None) -> float:
-    """Return the relative error between a model and its exported program, both in float64.
+    """Return the relative error between a model and its exported programs, both in float64.
 
-    The program is saved and loaded once.
-
-    Raises:
-        ValueError: if the model has several forwards.
+    There is one program a forward; each is saved and loaded once.
     """
+    inputs = default_inputs(model, batch=2) if example_inputs is None else example_inputs
     model = _copy(exact_clone(model))
-    call = cast(_one_call(model, example_inputs), torch.float64)
+    return max(_exported(model, cast(call, torch.float64)) for call in calls_of(inputs))
+
+
+def _exported(model: nn.Module, call: Call) -> float:
     file = io.BytesIO()
     torch.export.save(_program(model, call), file)
     file.seek(0)

@@ -364,12 +364,13 @@ def _check_shapes(small: nn.Module, stock: nn.Module) -> None:
     if not wrong:
         return
     fates = fates_of(record_of(small).plans)
-    hit = {
-        name: fate
-        for name, fate in fates.items()
+    sorts = {
+        (fate.axis.tower, fate.axis.kind)
+        for fate in fates.values()
         if any(tensor in wrong for tensor, _, _ in fate.tensors)
         and len(fate.keep) < fate.axis.units
     }
+    hit = {n: fate for n, fate in fates.items() if (fate.axis.tower, fate.axis.kind) in sorts}
     what = _kept_of(hit) if hit else f"tensors such as {sorted(wrong)[0]!r} that it sizes otherwise"
     raise PlanError(
         f"a stock {type(small).__name__} must hold the plan: one size for all layers of a stack, "
