@@ -90,6 +90,15 @@ def test_it_comes_back_from_its_folder_as_it_was(folder: Path) -> None:
     assert found.written == store.read_certificate(folder)
 
 
+@pytest.mark.parametrize("limit", [0.6, 90_000])
+def test_a_planned_model_comes_back_as_certified(limit: float, tmp_path: Path) -> None:
+    model, anatomy = dissected("deit")
+    scores = vlprune.score(model, "random", anatomy=anatomy, seed=2)
+    small = vlprune.prune(model, vlprune.plan(scores, {"params": limit}, "knapsack"))
+    vlprune.save_pretrained(small, tmp_path / "m", certificate=certify(small, model))
+    assert verify_folder(tmp_path / "m", model).faults == ()
+
+
 def test_a_model_cut_twice_is_counted_by_its_first_units() -> None:
     once = cut("deit", ("layer", "ffn"), seed=3)
     anatomy = vlprune.dissect(once)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -189,4 +190,7 @@ def hash_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
 
 def hash_of_plans(plans: Iterable[Plan]) -> str:
     """Return the SHA-256 of plans: all that they say, sites, knobs and class swaps included."""
-    return hashlib.sha256("\n".join(map(repr, plans)).encode()).hexdigest()
+    told = [dataclasses.asdict(plan) for plan in plans]
+    for plan in told:  # as a file gives them back
+        plan["asked"] = {name: float(value) for name, value in plan["asked"].items()}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
