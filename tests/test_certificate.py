@@ -61,7 +61,9 @@ def resign(folder: Path) -> None:
 # -- what holds ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["deit", "open_clip", "BlipForQuestionAnswering", "segmenter"])
+@pytest.mark.parametrize(
+    "name", ["deit", "open_clip", pytest.param("BlipForQuestionAnswering", marks=pytest.mark.slow)]
+)
 def test_what_holds_is_proven_and_what_was_not_tested_is_said_so(name: str) -> None:
     certificate = certify(cut(name, ("head", "ffn", "layer")), dissected(name)[0])
     assert verdicts(certificate) == {

@@ -27,7 +27,7 @@ STOCK = [
     "deit",
     "open_clip",
     pytest.param("hf_clip", marks=pytest.mark.slow),
-    "BlipForImageTextRetrieval",
+    pytest.param("BlipForImageTextRetrieval", marks=pytest.mark.slow),
     pytest.param("BlipForQuestionAnswering", marks=pytest.mark.slow),
 ]
 
@@ -86,16 +86,16 @@ def test_a_plain_plan_is_held_by_the_stock_class(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "name",
     [
-        "scenes-deit",
+        "deit",
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in SHIPPED
-            if name not in ("scenes-deit", "scenes-segmenter", "scenes-blip-reasoning")
+            if name not in ("scenes-segmenter", "scenes-blip-reasoning")
         ),
     ],
 )
-def test_shipped_models_load_without_this_package(name: str, tmp_path: Path) -> None:
-    model = vlprune.create_model(name)
+def test_plain_models_load_without_this_package(name: str, tmp_path: Path) -> None:
+    model = vlprune.create_model(name) if name in SHIPPED else dissected(name)[0]
     scores = vlprune.score(model, "magnitude", strategies=("ffn",))
     plan = plain_plan(scores, {"params": 0.8}, model)
     small = vlprune.prune(model, plan)
