@@ -1,9 +1,10 @@
 """vlprune: structured pruning for vision-language transformers. Removes weights, not tokens.
 
 The verbs: create_model, dissect, score, plan, mask, prune, repair, compress, verify,
-save_pretrained, from_pretrained, certify, verify_folder, to_plain, to_onnx, to_torch_export
-(`vlprune.hub`: push_to_hub). The nouns: Anatomy, Scores, Plan, Gates. Plug-ins:
-`vlprune.metrics`, `vlprune.strategies`, `vlprune.allocation`, `vlprune.families`, `vlprune.tasks`.
+profile, save_pretrained, from_pretrained, certify, verify_folder, to_plain, to_onnx,
+to_torch_export (`vlprune.hub`: push_to_hub). The nouns: Anatomy, Scores, Plan, LatencyTable,
+Gates. Plug-ins: `vlprune.metrics`, `vlprune.strategies`, `vlprune.allocation`,
+`vlprune.families`, `vlprune.tasks`.
 """
 
 from vlprune import metrics as metrics
@@ -35,7 +36,9 @@ from vlprune.plan import Cost as Cost
 from vlprune.plan import Plan as Plan
 from vlprune.plan import Scores as Scores
 from vlprune.plan import make_plan as make_plan
+from vlprune.profile import profile as profile
 from vlprune.pruner import DependencyGraphPruner as DependencyGraphPruner
 from vlprune.recover.repair import repair as repair
 from vlprune.store import from_pretrained as from_pretrained
 from vlprune.store import save_pretrained as save_pretrained
+from vlprune.timetable import LatencyTable as LatencyTable

@@ -16,6 +16,7 @@ import json
 from typing import Literal
 
 from vlprune.errors import UnknownNameError
+from vlprune.timetable import LatencyTable
 
 GateKind = Literal["input", "product", "output", "skip", "router"]
 Removal = Literal["slice", "delete", "bypass"]
@@ -200,7 +201,8 @@ class Refusal:
 class Anatomy:
     """All that can be removed from a model, and the shapes to price any plan without it.
 
-    `operations` counts one call on the example inputs that the model was dissected with.
+    `operations` counts one call on the example inputs that the model was dissected with. `latency`
+    is there where plans shall be priced in milliseconds, too (`latency.with_latency`).
     """
 
     model: str
@@ -208,6 +210,7 @@ class Anatomy:
     tensors: tuple[TensorShape, ...]
     operations: tuple[Operation, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    latency: LatencyTable | None = None
 
     def axis(self, name: str) -> Axis:
         """Return the axis with this name.

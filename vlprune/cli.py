@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import importlib
 import os
 import re
@@ -706,9 +705,8 @@ def _show_plan(chosen: Any) -> None:
         asked = ", ".join(f"{key} {show_limit(value)}" for key, value in chosen.asked.items())
         out.print(f"asked    {asked}")
     if chosen.dense and chosen.planned:
-        dense, planned = dataclasses.asdict(chosen.dense), dataclasses.asdict(chosen.planned)
-        shares = ", ".join(f"{k} {planned[k]:,} ({planned[k] / dense[k]:.1%})" for k in dense)
-        out.print(f"planned  {shares}")
+        shares = chosen.planned.shares_of(chosen.dense)
+        out.print("planned  " + ", ".join(f"{name} {share}" for name, share in shares.items()))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Parameters are exact. Multiply-accumulates (MACs) equal half of what
 `torch.utils.flop_counter.FlopCounterMode` counts on the cut model for the example inputs that the
-model was dissected with. No model is needed to price a plan.
+model was dissected with. Milliseconds come from a latency table, where the anatomy has one. No
+model is needed to price a plan.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 from vlprune.anatomy import Anatomy, Axis, Site, under
 from vlprune.calls import Inputs, calls_of, frozen, quiet_eval, run
 from vlprune.errors import BudgetError
+from vlprune.latency import latency_ms, table_of
 from vlprune.plan import Cost
 
 Keep = Mapping[str, tuple[int, ...]]
@@ -97,7 +99,9 @@ def price(anatomy: Anatomy, keep: Keep) -> Cost:
             kept, units = shares.get(name, (1, 1))
             numerator, denominator = numerator * kept, denominator * units
         macs += numerator // denominator
-    return Cost(params=params, macs=macs)
+    table = anatomy.latency
+    timed = None if table is None else latency_ms(table, anatomy.axes, keep)
+    return Cost(params=params, macs=macs, latency_ms=timed)
 
 
 def _routed(anatomy: Anatomy, keep: Keep) -> dict[str, tuple[int, int]]:
@@ -146,35 +150,49 @@ def least_cost(anatomy: Anatomy) -> Cost:
     return price(anatomy, {axis.name: tuple(range(axis.least)) for axis in anatomy.axes})
 
 
-BUDGET_KEYS = ("params", "macs", "prunable_params")
+BUDGET_KEYS = ("params", "macs", "prunable_params", "latency", "latency_ms")
+SMALLEST = {"params": 1.0, "macs": 1.0, "latency_ms": 1e-6}  # that removing a unit counts as saving
 
 
-def absolute_budget(anatomy: Anatomy, budget: Mapping[str, float]) -> dict[str, int]:
-    """Return a budget in absolute counts: "params" and "macs" of the whole model.
+def absolute_budget(anatomy: Anatomy, budget: Mapping[str, float]) -> dict[str, float]:
+    """Return a budget in absolutes: "params", "macs" and "latency_ms" of the whole model.
 
     Args:
         anatomy: the axes that may be cut.
         budget: what the result may cost. A number in (0, 1] is the share of the dense model to
             keep, one above 1 an absolute. "prunable_params" counts only those parameters that the
-            axes of `anatomy` can remove at all.
+            axes of `anatomy` can remove at all. "latency" (a share, or milliseconds above 1) and
+            "latency_ms" (always milliseconds) are met by the arithmetic of the latency table that
+            the anatomy has.
 
     Raises:
-        BudgetError: for an unknown key, a value out of range, or one that no plan can reach; the
-            message says the least and the most that can be reached.
+        BudgetError: for an unknown key, a value out of range, a latency without a table, or a
+            budget that no plan can reach; the message says the least and the most that can be
+            reached.
     """
     if not budget:
         raise BudgetError(f"budget must name one of {', '.join(BUDGET_KEYS)}; got none.")
     dense, least = dense_cost(anatomy), least_cost(anatomy)
-    limits: dict[str, int] = {}
+    limits: dict[str, float] = {}
     for key, value in budget.items():
+        if key in _TIMES:
+            table_of(anatomy)  # raises where there is none
         kind, target = _absolute(key, value, dense, least)
         limits[kind] = min(target, limits.get(kind, target))
     return limits
 
 
 def resource_of(budget: Mapping[str, float]) -> str:
-    """Return what units are priced in under a budget: "macs" where it limits only these."""
-    return "macs" if set(budget) == {"macs"} else "params"
+    """Return what units are priced in under a budget: what it limits where that is one thing."""
+    if set(budget) == {"macs"}:
+        return "macs"
+    return "latency_ms" if budget and set(budget) <= _TIMES else "params"
+
+
+def on_the_way(now: float, limit: float, share: float) -> float:
+    """Return what a resource may be when `share` of the way from `now` to `limit` is gone."""
+    gone = share * (now - limit)
+    return now - (gone if isinstance(now, float) else math.floor(gone))
 
 
 def routed_tensors(anatomy: Anatomy) -> dict[str, Axis]:
@@ -188,26 +206,31 @@ def routed_tensors(anatomy: Anatomy) -> dict[str, Axis]:
     }
 
 
-def _absolute(key: str, value: float, dense: Cost, least: Cost) -> tuple[str, int]:
+_TIMES = {"latency", "latency_ms"}
+
+
+def _absolute(key: str, value: float, dense: Cost, least: Cost) -> tuple[str, float]:
     if key not in BUDGET_KEYS:
         raise BudgetError(f"budget must name one of {', '.join(BUDGET_KEYS)}; got {key!r}.")
     if not 0 < value < float("inf"):
         raise BudgetError(f"budget {key!r} must be a share in (0, 1] or a count; got {value!r}.")
-    kind = "macs" if key == "macs" else "params"
+    kind = "latency_ms" if key in _TIMES else "macs" if key == "macs" else "params"
     most, fewest = getattr(dense, kind), getattr(least, kind)
     base = fewest if key == "prunable_params" else 0
-    target = base + int(value * (most - base) if value <= 1 else value)
+    target = value * (most - base) if value <= 1 and key != "latency_ms" else value
+    target = target if key in _TIMES else base + int(target)
     if not fewest <= target <= most:
+        unit, form = ("ms", ".4g") if key in _TIMES else (kind, ",")
         raise BudgetError(
-            f"budget {key}={value:g} asks for {target:,} {kind}; these axes can reach "
-            f"{fewest:,} ({fewest / max(most, 1):.1%}) at least and {most:,} at most. "
-            "Ask for a share between, or score more strategies."
+            f"budget {key}={value:g} asks for {target:{form}} {unit}; these axes can reach "
+            f"{fewest:{form}} ({fewest / max(most, SMALLEST[kind]):.1%}) at least and "
+            f"{most:{form}} at most. Ask for a share between, or score more strategies."
         )
     return kind, target
 
 
-def fits(cost: Cost, limits: Mapping[str, int]) -> bool:
-    """Say whether `cost` is within every limit (keys "params", "macs")."""
+def fits(cost: Cost, limits: Mapping[str, float]) -> bool:
+    """Say whether `cost` is within every limit (keys "params", "macs", "latency_ms")."""
     return all(getattr(cost, key) <= limit for key, limit in limits.items())
 
 

@@ -6,6 +6,8 @@ dissect is in `dissect.py`, save_pretrained and from_pretrained in `store.py`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
 import itertools
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sized
@@ -25,6 +27,7 @@ from vlprune.cutting import cut_
 from vlprune.dissect import default_inputs, dissect, fingerprint_of_model
 from vlprune.errors import LawError, UnknownNameError, UnsupportedModelError
 from vlprune.gates import Gates
+from vlprune.latency import with_latency
 from vlprune.law import check_masked_equals_cut
 from vlprune.plan import Plan, Scores, make_plan
 from vlprune.pruner import (
@@ -39,6 +42,7 @@ from vlprune.recover.repair import repair
 from vlprune.registry import ALLOCATIONS, FAMILIES, METRICS, STRATEGIES
 from vlprune.shipped import SHIPPED
 from vlprune.store import from_pretrained
+from vlprune.timetable import LatencyTable
 
 Progress = Callable[[int, int], None]
 
@@ -231,6 +235,7 @@ def plan(
     *,
     min_units: int = 0,
     within: Scores | None = None,
+    latency: LatencyTable | None = None,
     **options: Any,
 ) -> Plan:
     """Return which units stay so that the model costs no more than `budget`.
@@ -238,18 +243,25 @@ def plan(
     Args:
         scores: what every unit is worth.
         budget: {"params": 0.5} or {"macs": 0.5} of the whole model, {"prunable_params": 0.5} of
-            what the scored axes can remove; floats are shares to keep, integers absolutes.
+            what the scored axes can remove; floats are shares to keep, integers absolutes. With a
+            table {"latency": 0.5}, or {"latency_ms": 12.5}.
         allocation: a name in the registry: how the budget is spread over axes.
         min_units: at least so many units stay on every axis.
         within: other scores that choose which units of an axis stay; how many is said by
             `scores`. Axes whose units differ in price (layers) are chosen by `scores` alone.
+        latency: what the model's parts take on a device (`vlprune.profile`). Under a budget of
+            latency neurons stay in multiples that run fast there, unless `round_to` says else.
         options: of the allocation.
 
     Raises:
         BudgetError: if it cannot be met, saying the least and the most that can be reached.
+        PlanError: if the latency table does not fit the scores' anatomy.
     """
+    if latency is not None:
+        scores = dataclasses.replace(scores, anatomy=with_latency(scores.anatomy, latency))
     anatomy = scores.anatomy
     absolute_budget(anatomy, budget)
+    options = {**_fast_widths(anatomy, budget, allocation), **options}
     keep = ALLOCATIONS[allocation](scores, budget, min_units=min_units, **options)
     if within is not None:
         keep = {name: _best(anatomy.axis(name), units, within) for name, units in keep.items()}
@@ -266,9 +278,19 @@ def plan(
             "allocation": allocation,
             "min_units": min_units,
             **({} if within is None else {"within": within.metric}),
+            **({} if anatomy.latency is None else {"latency": anatomy.latency.place}),
             **{k: v.metric if isinstance(v, Scores) else v for k, v in options.items()},
         },
     )
+
+
+def _fast_widths(anatomy: Anatomy, budget: Mapping[str, float], allocation: str) -> dict[str, Any]:
+    """The option that keeps neurons in multiples that run fast, under a budget of latency."""
+    table = anatomy.latency
+    if table is None or table.round_to == 1 or not {"latency", "latency_ms"} & set(budget):
+        return {}
+    takes = inspect.signature(ALLOCATIONS[allocation]).parameters
+    return {"round_to": table.round_to} if "round_to" in takes else {}
 
 
 def _best(axis: Axis, kept: tuple[int, ...], scores: Scores) -> tuple[int, ...]:
@@ -330,6 +352,7 @@ def compress(
     min_units: int = 0,
     settings: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    latency: LatencyTable | None = None,
     verify: bool = True,
     progress: Callable[[str], Progress] | None = None,
 ) -> nn.Module:
@@ -348,18 +371,22 @@ def compress(
         min_units: at least so many units stay on every axis.
         settings: of the metric.
         options: of the allocation.
+        latency: as of `plan`; a table fits one structure, so with one step only.
         verify: as of `prune`.
         progress: called with a title, gives what is called with (done, total).
 
     Raises:
         BudgetError: if the budget cannot be met.
-        ValueError: if steps is below 1.
+        ValueError: if steps is below 1, or above 1 with a latency table.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}.")
+    if steps < 1 or (latency is not None and steps > 1):
+        most = "" if latency is None else " and at most 1, as a latency table fits one structure"
+        raise ValueError(f"steps must be at least 1{most}; got {steps}.")
     inputs = _task_inputs(model, task)
     whole = dissect(model, inputs)
     anatomy = whole.select(strategies)
+    if latency is not None:
+        anatomy = with_latency(anatomy, latency)
     dense, limits = dense_cost(anatomy), absolute_budget(anatomy, budget)
     small = model
     for step in range(1, steps + 1):

@@ -24,10 +24,28 @@ from vlprune.errors import PlanError
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Parameters and multiply-accumulates (of one call on the example inputs)."""
+    """Parameters and multiply-accumulates (of one call on the example inputs).
+
+    `latency_ms` is what a latency table says of one call, None where there is no table.
+    """
 
     params: int
     macs: int
+    latency_ms: float | None = None
+
+    def __str__(self) -> str:
+        timed = "" if self.latency_ms is None else f" and {self.latency_ms:.4g} ms"
+        return f"{self.params:,} params and {self.macs:,} macs{timed}"
+
+    def shares_of(self, dense: Cost) -> dict[str, str]:
+        """Return every number that both have in words, with its share of the dense one."""
+        found = {}
+        for field in dataclasses.fields(self):
+            part, whole = getattr(self, field.name), getattr(dense, field.name)
+            if part is not None and whole is not None:
+                name = "latency" if field.name == "latency_ms" else field.name
+                found[name] = _share(part, whole)
+        return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,16 +173,14 @@ class Plan:
             asked = ", ".join(f"{key} {show_limit(value)}" for key, value in self.asked.items())
             lines.append(f"  asked    keep {asked}")
         if self.dense and self.planned:
-            lines.append(
-                f"  planned  params {_share(self.planned.params, self.dense.params)}, "
-                f"macs {_share(self.planned.macs, self.dense.macs)}"
-            )
+            shares = self.planned.shares_of(self.dense)
+            lines.append("  planned  " + ", ".join(f"{k} {share}" for k, share in shares.items()))
         return "\n".join(lines + _density_lines(self.rows))
 
 
 def show_limit(value: float) -> str:
-    """A budget's share as it is, its count with commas."""
-    return f"{value:g}" if value <= 1 else f"{value:,.0f}"
+    """A budget's share as it is, its count with commas, milliseconds with their fraction."""
+    return f"{value:g}" if value <= 1 or value % 1 else f"{value:,.0f}"
 
 
 def _signature(made_by: Mapping[str, Any]) -> str:
@@ -172,8 +188,11 @@ def _signature(made_by: Mapping[str, Any]) -> str:
     return ", ".join(parts) or "by hand"
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part:,} of {whole:,} ({part / whole:.1%})" if whole else f"{part:,}"
+def _share(part: float, whole: float) -> str:
+    now, before = (
+        f"{value:,}" if isinstance(value, int) else f"{value:.4g} ms" for value in (part, whole)
+    )
+    return f"{now} of {before} ({part / whole:.1%})" if whole else now
 
 
 def _density_lines(rows: tuple[PlanRow, ...]) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlprune.anatomy import Anatomy, Axis
-from vlprune.cost import absolute_budget, fits, price
+from vlprune.cost import SMALLEST, absolute_budget, fits, price
 from vlprune.errors import BudgetError
 from vlprune.plan import Scores
 
@@ -41,13 +41,19 @@ def savings(anatomy: Anatomy, resource: str) -> dict[str, list[float]]:
 
     Args:
         anatomy: to price with.
-        resource: "params" or "macs".
+        resource: "params", "macs" or "latency_ms" (the mean over the axis: its steps differ).
     """
     dense = getattr(price(anatomy, {}), resource)
     return {axis.name: _savings_of(anatomy, axis, dense, resource) for axis in anatomy.axes}
 
 
-def _savings_of(anatomy: Anatomy, axis: Axis, dense: int, resource: str) -> list[float]:
+def per_saved(values: NDArray[Any], saved: Sequence[float], resource: str) -> NDArray[Any]:
+    """Return what units of an axis are worth [units] for each parameter, MAC or ms they cost."""
+    found: NDArray[Any] = values / np.maximum(np.asarray(saved), SMALLEST[resource])
+    return found
+
+
+def _savings_of(anatomy: Anatomy, axis: Axis, dense: float, resource: str) -> list[float]:
     units = range(axis.units)
     if axis.removal == "slice":
         few = units[axis.least :]
@@ -58,7 +64,11 @@ def _savings_of(anatomy: Anatomy, axis: Axis, dense: int, resource: str) -> list
 
 
 def keep_within(
-    scores: Scores, worth: NDArray[Any], min_units: int, budget: Mapping[str, float]
+    scores: Scores,
+    worth: NDArray[Any],
+    min_units: int,
+    budget: Mapping[str, float],
+    round_to: int = 1,
 ) -> dict[str, tuple[int, ...]]:
     """Return what stays when units go, least worth first, until `budget` is met.
 
@@ -67,13 +77,36 @@ def keep_within(
         worth: of every unit [all units]; ties by number.
         min_units: at least so many units stay on every axis.
         budget: see `cost.absolute_budget`.
+        round_to: neurons stay in multiples of this many; so many go together.
 
     Raises:
         BudgetError: if all that may go is not enough.
+        ValueError: for a round_to below 1.
     """
+    if round_to < 1:
+        raise ValueError(f"round_to must be at least 1; got {round_to}.")
     order = np.argsort(worth, kind="stable")
     order = order[removable(scores, min_units)[order]]
-    return keep_after(scores.anatomy, [[int(unit)] for unit in order], budget)
+    groups = [[int(unit)] for unit in order]
+    if round_to > 1:
+        groups = _whole_widths(scores.anatomy, order, worth, round_to)
+    return keep_after(scores.anatomy, groups, budget)
+
+
+def _whole_widths(
+    anatomy: Anatomy, order: Numbers, worth: NDArray[Any], round_to: int
+) -> list[list[int]]:
+    """The units of `order` in groups after each of which every width is a multiple, or whole."""
+    ends = np.cumsum([0, *(axis.units for axis in anatomy.axes)])
+    groups: list[list[int]] = []
+    for axis, start, end in zip(anatomy.axes, ends, ends[1:], strict=False):
+        own = order[(order >= start) & (order < end)].tolist()
+        size = round_to if axis.kind == "ffn" else 1
+        first = axis.units % size or size
+        steps = range(first, len(own) + 1, size)
+        groups += [own[last - size if last > first else 0 : last] for last in steps]
+    means = [float(np.mean(worth[group])) for group in groups]
+    return [groups[place] for place in np.argsort(means, kind="stable")]
 
 
 def keep_after(
@@ -95,11 +128,9 @@ def keep_after(
     few, many = 0, len(order)
     everything = price(anatomy, keep_without(anatomy, flat))
     if not fits(everything, limits):
-        dense = price(anatomy, {})
         raise BudgetError(
             f"budget {dict(budget)} must be reachable; with the units that have to stay the least "
-            f"is {everything.params:,} params and {everything.macs:,} macs, the most "
-            f"{dense.params:,} and {dense.macs:,}. Lower min_units or ask for more."
+            f"is {everything}, the most {price(anatomy, {})}. Lower min_units or ask for more."
         )
     while few < many:  # cost never rises with the length of the prefix
         middle = (few + many) // 2

@@ -32,6 +32,7 @@ from vlprune.errors import CheckpointError, PlanError, UnsupportedModelError
 from vlprune.plan import Plan, Scores, versions
 from vlprune.pruner import Record, Repair, attach_record, check_fits, record_of, source_of
 from vlprune.registry import FAMILIES
+from vlprune.timetable import LatencyTable
 
 FORMAT = 1
 _CONFIG, _PLAN, _WEIGHTS = "config.json", "plan.json", "model.safetensors"
@@ -154,8 +155,18 @@ def read_certificate(folder: str | os.PathLike[str]) -> Certificate | None:
     return found
 
 
-def write_json(value: Plan | Scores, path: str | os.PathLike[str]) -> None:
-    """Write a plan or scores to a JSON file, atomically."""
+def read_latency(path: str | os.PathLike[str]) -> LatencyTable:
+    """Read a latency table from a JSON file that `write_json` wrote.
+
+    Raises:
+        CheckpointError: if it holds none.
+    """
+    found: LatencyTable = _read_json(Path(path), LatencyTable)
+    return found
+
+
+def write_json(value: Plan | Scores | LatencyTable, path: str | os.PathLike[str]) -> None:
+    """Write a plan, scores or a latency table to a JSON file, atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")

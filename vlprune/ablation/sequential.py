@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlprune.ablation.removals import Removal
 from vlprune.anatomy import Anatomy
-from vlprune.cost import absolute_budget, fits, price, resource_of
+from vlprune.cost import SMALLEST, absolute_budget, fits, price, resource_of
 
 _FEWEST = 8  # examples before anything is said
 _AROUND = 2  # removals on either side of the cut that stand for it
@@ -43,7 +43,7 @@ class Adaptive:
         self._resource = resource_of(budget)
         self._error_rate = error_rate
         self._dense = price(anatomy, {})
-        self._costs: dict[Removal, int] = {}
+        self._costs: dict[Removal, float] = {}
         self._looks = 0
         self._settled: set[Removal] = set()
         self.undecided: list[Removal] = []
@@ -67,11 +67,12 @@ class Adaptive:
         self.undecided = [removal for removal in order if removal not in self._settled]
         return self._settled
 
-    def _cost(self, removal: Removal) -> int:
+    def _cost(self, removal: Removal) -> float:
         if removal not in self._costs:
             axis = self._anatomy.axis(removal.axis)
             without = getattr(price(self._anatomy, removal.rest(axis)), self._resource)
-            self._costs[removal] = max(getattr(self._dense, self._resource) - without, 1)
+            saved = getattr(self._dense, self._resource) - without
+            self._costs[removal] = max(saved, SMALLEST[self._resource])
         return self._costs[removal]
 
     def _place_of_cut(self, order: list[Removal]) -> int:

@@ -22,7 +22,7 @@ from vlprune.registry import ALLOCATIONS
 
 @ALLOCATIONS.register("isomorphic")
 def isomorphic(
-    scores: Scores, budget: Mapping[str, float], *, min_units: int = 0
+    scores: Scores, budget: Mapping[str, float], *, min_units: int = 0, round_to: int = 1
 ) -> dict[str, tuple[int, ...]]:
     """Return what stays, axis name to units.
 
@@ -30,6 +30,7 @@ def isomorphic(
         scores: of every unit, comparable over axes of one kind.
         budget: see `cost.absolute_budget`; met within one unit.
         min_units: at least so many units stay on every axis.
+        round_to: neurons stay in multiples of this many.
 
     Raises:
         BudgetError: if the budget cannot be met.
@@ -48,4 +49,4 @@ def isomorphic(
         places = np.asarray(members)
         order = places[np.argsort(values[places], kind="stable")]
         shares[order] = (np.arange(len(order)) + 0.5) / len(order)
-    return keep_within(scores, shares, min_units, budget)
+    return keep_within(scores, shares, min_units, budget, round_to)

@@ -1,10 +1,11 @@
 """Knapsack: keep what is worth most in all, within every limit at once (integer programme).
 
-Where the ranking of "global" serves one limit, this one serves several: parameters and
-multiply-accumulates, a share of them for single towers, widths that are multiples of a number,
-axes that stay whole. Units are priced one by one from the anatomy, which is exact for heads and
-neurons; where prices depend on each other (a layer and its heads) limits are tightened until the
-exact price fits, and what is left of the budget is filled up.
+Where the ranking of "global" serves one limit, this one serves several: parameters,
+multiply-accumulates and milliseconds, a share of parameters for single towers, widths that are
+multiples of a number, axes that stay whole. Units are priced one by one from the anatomy, which is
+exact for heads and neurons (in milliseconds by the step of the latency table that each is); where
+prices depend on each other (a layer and its heads) limits are tightened until the exact price fits,
+and what is left of the budget is filled up.
 
 Source: Shen et al., Structural Pruning via Latency-Saliency Knapsack, NeurIPS 2022 (2210.06659);
 solved by `scipy.optimize.milp` (HiGHS).
@@ -42,6 +43,7 @@ class _Block:
     worth: float
     params: float
     macs: float
+    latency_ms: float = 0.0
 
 
 @ALLOCATIONS.register("knapsack")
@@ -72,15 +74,15 @@ def knapsack(
     anatomy = scores.anatomy
     _check(anatomy, round_to, protect, towers or {})
     limits = absolute_budget(anatomy, budget)
-    prices = {name: savings(anatomy, name) for name in ("params", "macs")}
+    resources = ("params", "macs") + (("latency_ms",) if anatomy.latency else ())
+    prices = {name: savings(anatomy, name) for name in resources}
     blocks = list(_blocks(scores, prices, min_units, round_to, protect))
     least = _keep(anatomy, blocks, np.zeros(len(blocks), dtype=bool))
     floor, dense = price(anatomy, least), price(anatomy, {})
     if not fits(floor, limits):
         raise BudgetError(
             f"budget {dict(budget)} must be reachable; with the units that have to stay the least "
-            f"is {floor.params:,} params and {floor.macs:,} macs, the most {dense.params:,} and "
-            f"{dense.macs:,}. Lower min_units, protect less or ask for more."
+            f"is {floor}, the most {dense}. Lower min_units, protect less or ask for more."
         )
     room = {name: limit - getattr(floor, name) for name, limit in limits.items()}
     bounds = {
@@ -90,7 +92,7 @@ def knapsack(
     }
     chosen = np.zeros(len(blocks), dtype=bool)
     for _ in range(_ROUNDS):
-        chosen = _solve(anatomy, blocks, room, bounds)
+        chosen = _best_first(blocks, _solve(anatomy, blocks, room, bounds), anatomy)
         spent = price(anatomy, _keep(anatomy, blocks, chosen))
         over = {name: getattr(spent, name) - limit for name, limit in limits.items()}
         if all(excess <= 0 for excess in over.values()):
@@ -138,13 +140,31 @@ def _blocks(
         stay = -(-stay // size) * size  # up to whole blocks
         for start in range(stay, axis.units, size):
             units = tuple(int(unit) for unit in order[start : start + size])
+            found = {name: sum(row[axis.name][u] for u in units) for name, row in prices.items()}
+            table = scores.anatomy.latency
+            if table is not None and axis.removal == "slice":  # no two steps of a curve are alike
+                times = table.by_axis[axis.name]
+                found["latency_ms"] = times.at(start + len(units)) - times.at(start)
             yield _Block(
                 axis=axis.name,
                 units=units,
                 worth=sum(max(values[unit] / top, 1e-9) for unit in units),
-                params=sum(prices["params"][axis.name][unit] for unit in units),
-                macs=sum(prices["macs"][axis.name][unit] for unit in units),
+                **found,
             )
+
+
+def _best_first(
+    blocks: list[_Block], chosen: NDArray[np.bool_], anatomy: Anatomy
+) -> NDArray[np.bool_]:
+    """As many blocks of every sliced axis as were chosen, the best: a later step may be cheaper."""
+    sliced = {axis.name for axis in anatomy.axes if axis.removal == "slice"}
+    counts = collections.Counter(b.axis for b, is_in in zip(blocks, chosen, strict=True) if is_in)
+    found = chosen.copy()
+    for place, block in enumerate(blocks):
+        if block.axis in sliced:
+            found[place] = counts[block.axis] > 0
+            counts[block.axis] -= 1
+    return found
 
 
 def _solve(
@@ -179,7 +199,7 @@ def _filled(
     anatomy: Anatomy,
     blocks: list[_Block],
     chosen: NDArray[np.bool_],
-    limits: Mapping[str, int],
+    limits: Mapping[str, float],
     bounds: Mapping[str, float],
 ) -> dict[str, tuple[int, ...]]:
     """The choice with all further blocks that fit by the exact price, axis by axis."""

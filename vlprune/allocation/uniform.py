@@ -16,7 +16,7 @@ from vlprune.registry import ALLOCATIONS
 
 @ALLOCATIONS.register("uniform")
 def uniform(
-    scores: Scores, budget: Mapping[str, float], *, min_units: int = 0
+    scores: Scores, budget: Mapping[str, float], *, min_units: int = 0, round_to: int = 1
 ) -> dict[str, tuple[int, ...]]:
     """Return what stays, axis name to units.
 
@@ -24,9 +24,10 @@ def uniform(
         scores: of every unit.
         budget: see `cost.absolute_budget`; met within one unit.
         min_units: at least so many units stay on every axis.
+        round_to: neurons stay in multiples of this many.
 
     Raises:
         BudgetError: if the budget cannot be met.
     """
     shares = [(ranks(scores, axis.name) + 0.5) / axis.units for axis in scores.anatomy.axes]
-    return keep_within(scores, np.concatenate(shares), min_units, budget)
+    return keep_within(scores, np.concatenate(shares), min_units, budget, round_to)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from vlprune.anatomy import Anatomy
 from vlprune.calls import Inputs
 from vlprune.cost import absolute_budget, dense_cost, least_cost
+from vlprune.errors import BudgetError
 from vlprune.expected import ExpectedCost
 from vlprune.gates import zeros_and_ones
 from vlprune.metrics._base import DEFAULT_STRATEGIES
@@ -100,6 +101,11 @@ class HardConcrete(LearnedMasks):
         self._expected = self._expected or ExpectedCost(anatomy)
         dense, least = dense_cost(anatomy), least_cost(anatomy)
         limits = absolute_budget(anatomy, self.budget)
+        if "latency_ms" in limits:
+            raise BudgetError(
+                "hard_concrete must have a budget of params or macs, whose expected cost is exact; "
+                f"got {self.budget}. Learn with macs, then vlprune.plan its scores by latency."
+            )
         self._range = {key: (getattr(dense, key), getattr(least, key)) for key in limits}
         self._targets = {
             key: (now - limits[key]) / max(now - fewest, 1)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from vlprune.anatomy import Anatomy, Axis
 from vlprune.calls import Inputs
-from vlprune.cost import absolute_budget, dense_cost, resource_of
+from vlprune.cost import SMALLEST, absolute_budget, dense_cost, on_the_way, resource_of
 from vlprune.dissect import dissect
 from vlprune.gates import zeros_and_ones
 from vlprune.metrics._learned import LearnedMasks
@@ -201,7 +201,7 @@ class UPop(LearnedMasks):
         assert self.budget is not None
         dense = dense_cost(self.anatomy)
         limits = {
-            key: getattr(dense, key) - math.floor(share * (getattr(dense, key) - limit))
+            key: on_the_way(getattr(dense, key), limit, share)
             for key, limit in absolute_budget(self.anatomy, self.budget).items()
         }
         return keep_after(self.anatomy, groups, limits)
@@ -228,10 +228,11 @@ class UPop(LearnedMasks):
     def _worths(self) -> dict[str, NDArray[Any]]:
         """What every unit is worth, comparable over all masks."""
         if self.rank == "saving":
-            saved = savings(self.anatomy, resource_of(self.budget or {}))
+            resource = resource_of(self.budget or {})
+            saved = savings(self.anatomy, resource)
             sizes = {m.name: sum(np.asarray(saved[n]) for n in m.powers) for m in self._masks}
             return {
-                m.name: -self._sums[m.name].numpy() / np.maximum(sizes[m.name], 1)
+                m.name: -self._sums[m.name].numpy() / np.maximum(sizes[m.name], SMALLEST[resource])
                 for m in self._masks
             }
         together: dict[str, list[str]] = collections.defaultdict(list)
