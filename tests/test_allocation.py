@@ -240,7 +240,7 @@ def test_a_budget_must_be_a_share_or_a_count(value: float) -> None:
 
 
 def test_a_budget_has_a_known_key() -> None:
-    known = "params, macs, prunable_params"
+    known = "params, macs, prunable_params, latency, latency_ms"
     with pytest.raises(BudgetError, match=rf"budget must name one of {known}; got 'flops'\."):
         vlprune.plan(scored(0), {"flops": 0.5})
     with pytest.raises(BudgetError, match=rf"budget must name one of {known}; got none\."):

@@ -277,7 +277,7 @@ def test_a_wrong_setting_is_told(fail, dense, tmp_path) -> None:
         ("half", "--budget must be key=value; got 'half'."),
         ("params=half", "--budget must be key=value; got 'params=half'."),
         ("params=", "--budget must be key=value; got 'params='."),
-        ("flops=0.5", "budget must name one of params, macs, prunable_params; got 'flops'."),
+        ("flops=0.5", "prunable_params, latency, latency_ms; got 'flops'."),
         ("params=-1", "budget 'params' must be a share in (0, 1] or a count; got -1.0."),
         ("params=nan", "budget 'params' must be a share in (0, 1] or a count; got nan."),
         ("params=inf", "budget 'params' must be a share in (0, 1] or a count; got inf."),

@@ -1,4 +1,4 @@
-"""The command line: inspect, score, plan, prune, verify, export, recipe, zoo, list, demo.
+"""The command line: one function a command, from inspect to demo.
 
 MODEL is open_clip:NAME, timm:NAME, hf:FOLDER, scenes-..., or a folder saved by vlprune. What a
 user can get wrong ends in a message and exit code 2; a model that breaks the law in exit code 1.
@@ -31,6 +31,7 @@ from vlprune.console import (
     out,
     pairs,
     progress,
+    read_cut,
     say,
 )
 from vlprune.errors import LawError, TraceError
@@ -62,7 +63,8 @@ MetricName = Annotated[str, typer.Option("--metric", help="See `vlprune list`.")
 Strategies = Annotated[str, typer.Option(help="Structures to score, with commas.")]
 Settings = Annotated[list[str], typer.Option("--set", help="Setting of the metric, key=value.")]
 Budget = Annotated[
-    list[str], typer.Option(help="What may stay: params=0.5, macs=0.5, prunable_params=0.5.")
+    list[str],
+    typer.Option(help="What may stay: params=0.5, macs=0.5, prunable_params=0.5, latency=0.5."),
 ]
 AllocationName = Annotated[str, typer.Option("--allocation", help="See `vlprune list`.")]
 AllocationOptions = Annotated[
@@ -72,6 +74,9 @@ Certify = Annotated[
     str, typer.Option(help="Prove more, with commas: compile, export, onnx (slow).")
 ]
 MinUnits = Annotated[int, typer.Option(help="Units that stay on every axis at least.")]
+Latency = Annotated[
+    Path | None, typer.Option(help="What `vlprune profile` wrote, for a budget of latency.")
+]
 
 
 @app.command()
@@ -256,6 +261,7 @@ def plan(
     allocation: AllocationName = "global",
     min_units: MinUnits = 0,
     options: AllocationOptions = [],  # noqa: B006  # as above
+    latency: Latency = None,
     within: Annotated[
         Path | None, typer.Option(help="Other scores that choose within an axis, JSON.")
     ] = None,
@@ -268,7 +274,7 @@ def plan(
     """Choose what stays within a budget."""
     import vlprune
     from vlprune.report import draw_plan
-    from vlprune.store import read_scores, write_json
+    from vlprune.store import read_latency, read_scores, write_json
 
     if plain:
         asked = pairs(budget, "budget", float)
@@ -280,6 +286,7 @@ def plan(
         allocation,
         min_units=min_units,
         within=read_scores(within) if within else None,
+        latency=read_latency(latency) if latency else None,
         **pairs(options, "with", literal),
     )
     write_json(chosen, to)
@@ -315,6 +322,7 @@ def prune(
     settings: Settings = [],  # noqa: B006  # as above
     options: AllocationOptions = [],  # noqa: B006  # as above
     min_units: MinUnits = 0,
+    latency: Latency = None,
     repair: Annotated[
         bool | None,
         typer.Option(
@@ -334,7 +342,7 @@ def prune(
     from vlprune.certify import claims_of
     from vlprune.cost import count_params
     from vlprune.pruner import record_of
-    from vlprune.store import check_target, read_plan
+    from vlprune.store import check_target, read_latency, read_plan
 
     check_target(to)
     asked = claims_of(certify)
@@ -365,6 +373,7 @@ def prune(
             min_units=min_units,
             settings=_settings_of(metric, settings, seed),
             options=pairs(options, "with", literal),
+            latency=read_latency(latency) if latency else None,
         )
     for made in record_of(small).plans:
         _show_plan(made)
@@ -375,6 +384,41 @@ def prune(
     say(str(proof))
     out.print(f"achieved {count_params(small):,} params of {count_params(dense):,}")
     say(f"proven   masked = cut to {error:.1e}; saved and reloaded bit-equal: {to}")
+
+
+@app.command()
+def profile(
+    model: Model,
+    to: Annotated[Path | None, typer.Option("--out", help="Where the table goes, JSON.")] = None,
+    table: Annotated[Path | None, typer.Option(help="One that was measured here before.")] = None,
+    cut: Annotated[
+        Path | None, typer.Option("--plan", help="Plan or saved folder: predicted and measured.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="eager, compile or onnx.")] = "eager",
+    batch_size: Annotated[int, typer.Option(help="Examples in a call.")] = 1,
+    threads: Annotated[int, typer.Option(help="Of torch; default: as it is set.")] = 0,
+    strategies: Strategies = "head,ffn,layer",
+    rounds: Annotated[int, typer.Option(help="Turns that every model takes.")] = 7,
+    pretrained: Pretrained = "",
+    device: Device = "cpu",
+) -> None:
+    """Measure what heads, neurons and layers of a model take on this device."""
+    from vlprune.report import latency_table
+    from vlprune.store import read_latency, write_json
+
+    if threads:
+        importlib.import_module("torch").set_num_threads(threads)
+    made = make_model(model, pretrained, device)
+    found = (
+        read_latency(table) if table else _profile(made, batch_size, backend, strategies, rounds)
+    )
+    if to:
+        write_json(found, to)
+    out.print(latency_table(found))
+    for remark in found.remarks:
+        say(remark)
+    if cut:
+        say(_predicted(found, made, cut, device, rounds))
 
 
 @app.command()
@@ -681,6 +725,29 @@ def _compress(
     _check_task(metric, data)
     with progress() as stage:
         return vlprune.compress(dense, data, budget, metric=metric, progress=stage, **options)
+
+
+def _profile(model: Any, batch_size: int, backend: Any, strategies: str, rounds: int) -> Any:
+    import vlprune
+
+    kinds = tuple(strategies.split(","))
+    with progress() as stage:
+        return vlprune.profile(
+            model,
+            batch_size=batch_size,
+            backend=backend,
+            strategies=kinds,
+            rounds=rounds,
+            progress=stage("profile"),
+        )
+
+
+def _predicted(table: Any, model: Any, cut: Path, device: str, rounds: int) -> str:
+    """What a table says of a cut model beside what is measured now."""
+    from vlprune.profile import predicted_beside_measured
+
+    chosen, small = read_cut(cut, device)
+    return str(predicted_beside_measured(table, model, chosen, small=small, rounds=rounds))
 
 
 def _show_repairs(repairs: Sequence[Any]) -> None:

@@ -26,7 +26,7 @@ from vlprune.errors import UnsupportedModelError
 
 Backend = Literal["eager", "compile", "onnx"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-_TURN_SECONDS = 0.02  # the least that is timed at once
+_TURN_SECONDS = 0.1  # the least that is timed at once
 _RECOMPILES = 64  # many widths of one class, compiled one after the other
 
 Run = Callable[[], object]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +20,10 @@ from rich.progress import (
 
 from vlprune.errors import UnknownNameError
 from vlprune.pipeline import create_model
+from vlprune.plan import Plan
+from vlprune.pruner import record_of
 from vlprune.shipped import SHIPPED
+from vlprune.store import from_pretrained, read_plan
 
 out = Console()
 err = Console(stderr=True)
@@ -71,6 +75,24 @@ def make_task(name: str, model: Any, examples: int, seed: int) -> Any:
         raise UnknownNameError(
             f"task {name!r} must be {', '.join(SHIPPED)} or module:function; {error}."
         ) from error
+
+
+def read_cut(path: Path, device: str) -> tuple[Plan, Any]:
+    """Return the plan in a JSON file, or that of a saved folder and the cut model in it.
+
+    Raises:
+        ValueError: if the saved model was not cut by one plan.
+    """
+    if not path.is_dir():
+        return read_plan(path), None
+    small = from_pretrained(path, device=device)
+    plans = record_of(small).plans
+    if len(plans) != 1:
+        raise ValueError(
+            f"{path} must be cut by one plan, as a latency table fits one structure; it was cut by "
+            f"{len(plans)}."
+        )
+    return plans[0], small
 
 
 def pairs(entries: list[str], what: str, convert: Callable[[str], Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from vlprune.timetable import LatencyRow, LatencyTable
 
 WIDTHS = (0.0, 0.125, 0.25, 0.5, 0.75)  # shares that are measured besides the whole
 _MULTIPLES = (1, 2, 4, 8, 16, 32)  # of neurons, that might run fast
-_PENALTY = 0.1  # of a width's own time, from which on it counts as slow
+_PENALTY = 0.25  # of a width's own time, from which on it counts as slow
 
 Progress = Callable[[int, int], None]
 
@@ -182,14 +182,20 @@ class _Bench:
         middle = 0 if row is None else row.kept[-1] // 2 // 64 * 64
         if row is None or not middle:
             return 1
+        slow = self._slow_widths(row, middle, _MULTIPLES)
+        if slow:  # what else the machine does can do so once: what is slow twice is slow
+            slow = self._slow_widths(row, middle, slow)
+        return 2 * max(slow, default=0) or 1
+
+    def _slow_widths(
+        self, row: LatencyRow, middle: int, multiples: Sequence[int]
+    ) -> tuple[int, ...]:
+        """Those numbers that less than `middle` neurons take more time than `middle` should."""
         axes = [self.anatomy.axis(name) for name in row.axes]
-        counts = [middle, *(middle - multiple for multiple in _MULTIPLES)]
+        counts = [middle, *(middle - multiple for multiple in multiples)]
         _, whole, *small = self.times(axes, counts)
-        for multiple, ms in sorted(zip(_MULTIPLES, small, strict=True), reverse=True):
-            expected = whole - len(axes) * (row.at(middle) - row.at(middle - multiple))
-            if ms - expected > _PENALTY * len(axes) * row.at(middle):
-                return 2 * multiple
-        return 1
+        most = whole + _PENALTY * len(axes) * row.at(middle)
+        return tuple(m for m, ms in zip(multiples, small, strict=True) if ms > most)
 
     def busy(self, *, is_own: bool) -> float | None:
         """The share of the time that is the device's work, see `LatencyTable.busy`."""

@@ -15,6 +15,7 @@ from rich.table import Table
 from vlprune.anatomy import Anatomy, Axis
 from vlprune.cost import dense_cost, least_cost, price
 from vlprune.plan import Plan, PlanRow
+from vlprune.timetable import LatencyTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,6 +57,20 @@ def plan_table(plan: Plan) -> Table:
             " ".join(str(count) for count in kept),
         )
     return table
+
+
+def latency_table(table: LatencyTable) -> Table:
+    """Return a table of what blocks take: one row per shape, milliseconds by units that stay."""
+    place = ", ".join(str(value) for value in table.place.values())
+    found = Table(title=f"{table.model}: {table.dense_ms:.4g} ms ({place})")
+    for name in ("kind", "axes", "such as", "ms of one, by units that stay", "of all"):
+        found.add_column(name, justify="right" if name in ("axes", "of all") else "left")
+    for row in table.rows:
+        cells = "  ".join(f"{k}: {ms:.3g}" for k, ms in zip(row.kept, row.ms, strict=True))
+        share = row.ms[-1] * len(row.axes) / table.dense_ms
+        alone = "" if row.kind not in ("layer", "sublayer") else " each"
+        found.add_row(row.kind, str(len(row.axes)), row.axes[0], cells, f"{share:.0%}{alone}")
+    return found
 
 
 def draw_plan(plan: Plan, path: str | os.PathLike[str], title: str = "") -> None:

@@ -1,0 +1,32 @@
+"""A page with parts that a program writes: what stands between two markers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from vlprune.clocks import device_name
+
+
+def write(page: Path | None, name: str, text: str) -> None:
+    """Print a part, and put it between its markers where there is a page."""
+    print(text, flush=True)
+    if page is None:
+        return
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, found, rest = page.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{page} must have the markers {begin} and {end}; it lacks one.")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def machine(command: str, timer: str) -> str:
+    """Return a line on where and how it was measured."""
+    clock = "processor time" if timer == "cpu" else "wall time"
+    return (
+        f"`{command}`, {device_name(torch.device('cpu'))}, {torch.get_num_threads()} thread(s), "
+        f"torch {torch.__version__}, {clock}, load {os.getloadavg()[0]:.1f}."
+    )
