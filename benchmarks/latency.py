@@ -30,7 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--backend", default="eager")
     parser.add_argument("--plans", type=int, default=20)
-    parser.add_argument("--rounds", default="9,3", help="of each model")
+    parser.add_argument("--rounds", default="15,3", help="of each model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--timer", default="wall", help="wall or cpu")
     parser.add_argument("--page", type=Path, help="Markdown with markers to write the table into")

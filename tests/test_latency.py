@@ -92,8 +92,11 @@ def test_blocks_of_equal_shape_are_measured_once() -> None:
     groups = list(like_axes(anatomy.select(KINDS[:2])))
     heads = 2  # whole, and two of three: half, rounded, which is one less than all, too
     multiples = 1 + 1 + 6  # whole, the middle, below it by 1, 2, ... 32
+    drawn = 1 + 4  # whole, and plans that scale the table
     assert len(groups) == 2
-    assert clock.models == heads + 2 + multiples + 2  # the last: one batch and a doubled one
+    assert (
+        clock.models == heads + 2 + drawn + multiples + 2
+    )  # the last: one batch and a doubled one
     clip = list(like_axes(dissected("open_clip")[1].select(("head",))))
     assert [len(axes) for axes in clip] == [3, 2]  # towers differ
 

@@ -3,13 +3,15 @@
 Blocks of equal shape are measured once. For each shape the whole model is cut to a few widths on
 all its axes of that shape alike and timed beside the whole one; the difference, by the number of
 axes, is what one axis takes. So everything between the blocks, the backend and the caches are as
-they will be.
+they will be. What random cuts of all shapes at once save scales the table at the end: blocks share
+caches, and uneven ones run a little slower than their sum.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +42,7 @@ from vlprune.timetable import LatencyRow, LatencyTable
 
 WIDTHS = (0.0, 0.125, 0.25, 0.5, 0.75)  # shares that are measured besides the whole
 _MULTIPLES = (1, 2, 4, 8, 16, 32)  # of neurons, that might run fast
+_DRAWN = 4  # plans that are measured to scale what is saved
 _PENALTY = 0.25  # of a width's own time, from which on it counts as slow
 
 Progress = Callable[[int, int], None]
@@ -100,8 +103,11 @@ def profile(
         dense_ms=dense_ms,
         rows=rows,
     )
+    table = whole_layers(table, anatomy)
+    factor = bench.together(table)
     table = dataclasses.replace(
-        whole_layers(table, anatomy),
+        table,
+        rows=tuple(_scaled(row, factor) for row in table.rows),
         round_to=bench.fast_multiple(table),
         busy=bench.busy(is_own=clock is None),
     )
@@ -162,10 +168,9 @@ class _Bench:
         first = axes[0]
         names = tuple(axis.name for axis in axes)
         if first.removal != "slice":
-            stay = max(first.units // 2, first.least)
-            whole, half = self.times(axes, [stay])
-            gone = max((first.units - stay) * len(axes), 1)
-            unit = max(whole - half, 0.0) / gone
+            whole, without = self.times(axes, [first.least])
+            gone = max((first.units - first.least) * len(axes), 1)
+            unit = max(whole - without, 0.0) / gone
             return whole, LatencyRow(kind=first.kind, axes=names, kept=(0, 1), ms=(0.0, unit))
         counts = _counts(first, widths)
         whole, *small = self.times(axes, counts)
@@ -174,6 +179,23 @@ class _Bench:
         ms = tuple(float(value - rising[0]) for value in rising)
         kept = (*counts, first.units)
         return whole, LatencyRow(kind=first.kind, axes=names, kept=kept, ms=ms)
+
+    def together(self, table: LatencyTable) -> float:
+        """What is saved at once over the sum of what is saved one shape at a time."""
+        if not self.anatomy.axes:
+            return 1.0
+        draw = random.Random(0)
+        plans = [_drawn_plan(self.anatomy, draw, number % 2 == 1) for number in range(_DRAWN)]
+        cuts = []
+        for plan in plans:
+            cuts.append(clone(self.model))
+            cut_(cuts[-1], plan.rows)
+        whole, *small = self.clock([self.model, *cuts], self.inputs)
+        said = [1 - latency_ms(table, p.axes, p.keep) / table.dense_ms for p in plans]
+        found = [1 - ms / whole for ms in small]
+        squares = sum(share**2 for share in said)
+        both = sum(one * other for one, other in zip(said, found, strict=True))
+        return min(max(both / squares, 0.5), 2.0) if squares else 1.0
 
     def fast_multiple(self, table: LatencyTable) -> int:
         """The multiple of neurons from which on no width takes extra time."""
@@ -204,6 +226,16 @@ class _Bench:
         doubled = resized(self.inputs, 2 * batch_of(self.inputs))
         once = self.dense_ms()
         return max(self.clock([self.model], doubled)[0] / once - 1.0, 0.0)
+
+
+def _drawn_plan(anatomy: Anatomy, draw: random.Random, layers: bool) -> Plan:
+    """A random plan that keeps between a quarter and all units of every axis."""
+    keep = {}
+    for axis in anatomy.axes:
+        if axis.removal == "slice" or layers:
+            fewest = max(-(-axis.units // 4), axis.least)
+            keep[axis.name] = tuple(range(draw.randint(fewest, axis.units)))
+    return make_plan(anatomy, keep)
 
 
 def _counts(axis: Axis, widths: Sequence[float]) -> list[int]:
