@@ -15,7 +15,7 @@ from vlprune import cli
 from vlprune.cost import count_params
 from vlprune.pruner import record_of
 from vlprune.registry import ALLOCATIONS, FAMILIES, METRICS, STRATEGIES, TASKS
-from vlprune.store import read_plan, read_scores, write_json
+from vlprune.store import read_latency, read_plan, read_scores, write_json
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,27 @@ def test_list_shows_every_registered_name_and_what_it_is() -> None:
         for name in registry:
             assert (registry.noun, name) in rows
             assert rows[registry.noun, name] or registry is FAMILIES
+
+
+def test_profile_writes_a_table_that_plans_are_made_by_and_compares(
+    dense: Path, scores_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlprune.clocks._TURN_SECONDS", 0.001)
+    table, plan = tmp_path / "table.json", tmp_path / "plan.json"
+    options = ("--strategies", "head,ffn", "--rounds", 1, "--threads", 1)
+    text = ok("profile", dense, "--batch-size", 2, "--out", table, *options)
+    assert "blocks.0.mlp:ffn" in text
+    found = read_latency(table)
+    assert (found.batch, found.threads, found.backend) == (2, 1, "eager")
+    limit = 1e-6 + sum(r.ms[-1] * len(r.axes) for r in found.rows)
+    budget = f"latency_ms={found.dense_ms - 0.3 * limit}"
+    ok("plan", scores_file, "--budget", budget, "--latency", table, "--out", plan)
+    assert read_plan(plan).planned.latency_ms <= found.dense_ms - 0.3 * limit
+    small = tmp_path / "small"
+    ok("prune", dense, "--plan", plan, "--no-repair", "--out", small)
+    for cut in (plan, small):
+        text = ok("profile", dense, "--table", table, "--plan", cut, *options)
+        assert re.search(r"predicted .* ms \(.*%\), measured .* ms \(.*%\): off by", text)
 
 
 def test_inspect_asks_the_dependency_graph(dense: Path) -> None:
@@ -287,6 +308,16 @@ def test_a_wrong_setting_is_told(fail, dense, tmp_path) -> None:
 def test_a_wrong_budget_is_told(fail, scores_file, tmp_path, budget: str, text: str) -> None:
     assert text in fail("plan", scores_file, "--budget", budget, "--out", tmp_path / "p.json")
     assert not (tmp_path / "p.json").exists()
+
+
+def test_a_budget_of_latency_without_its_table_is_told(fail, scores_file, tmp_path) -> None:
+    arguments = ("plan", scores_file, "--budget", "latency=0.5", "--out", tmp_path / "p.json")
+    assert "`vlprune profile MODEL --out table.json`, then `--latency table.json`" in fail(
+        *arguments
+    )
+    assert "backend must be eager, compile, onnx; got 'abacus'" in fail(
+        "profile", scores_file.parent / "dense", "--backend", "abacus"
+    )
 
 
 def test_a_wrong_allocation_is_told(fail, scores_file, tmp_path) -> None:
