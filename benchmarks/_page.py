@@ -23,10 +23,10 @@ def write(page: Path | None, name: str, text: str) -> None:
     page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
-def machine(command: str, timer: str) -> str:
+def machine(command: str, timer: str, take: str) -> str:
     """Return a line on where and how it was measured."""
     clock = "processor time" if timer == "cpu" else "wall time"
     return (
         f"`{command}`, {device_name(torch.device('cpu'))}, {torch.get_num_threads()} thread(s), "
-        f"torch {torch.__version__}, {clock}, load {os.getloadavg()[0]:.1f}."
+        f"torch {torch.__version__}, {clock}, {take} of the rounds, load {os.getloadavg()[0]:.1f}."
     )

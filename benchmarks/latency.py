@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", default="15,3", help="of each model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--timer", default="wall", help="wall or cpu")
+    parser.add_argument("--take", default="median", help="median or least of the rounds")
     parser.add_argument("--page", type=Path, help="Markdown with markers to write the table into")
     parser.add_argument("--name", default="latency", help="of the markers")
     arguments = parser.parse_args()
@@ -45,7 +46,10 @@ def main() -> None:
     for number, entry in enumerate(arguments.models.split(",")):
         name, _, batch = entry.rpartition(":")
         clock = DeviceClock(
-            backend=arguments.backend, timer=arguments.timer, rounds=rounds[number % len(rounds)]
+            backend=arguments.backend,
+            timer=arguments.timer,
+            take=arguments.take,
+            rounds=rounds[number % len(rounds)],
         )
         shares, errors = measure(name, int(batch), clock, arguments.plans)
         within = sum(error <= 0.1 for error in errors)
@@ -56,7 +60,7 @@ def main() -> None:
         )
     command = "python benchmarks/latency.py --models " + arguments.models
     command += f" --backend {arguments.backend}"
-    lines += ["", _page.machine(command, arguments.timer)]
+    lines += ["", _page.machine(command, arguments.timer, arguments.take)]
     _page.write(arguments.page, arguments.name, "\n".join(lines))
 
 

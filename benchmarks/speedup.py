@@ -37,10 +37,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--timer", default="wall", help="wall or cpu")
+    parser.add_argument("--take", default="median", help="median or least of the rounds")
     parser.add_argument("--page", type=Path, help="Markdown with markers to write the table into")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    clock = DeviceClock(backend=arguments.backend, rounds=arguments.rounds, timer=arguments.timer)
+    clock = DeviceClock(
+        backend=arguments.backend,
+        rounds=arguments.rounds,
+        timer=arguments.timer,
+        take=arguments.take,
+    )
     lines = [
         "| model | cut | MACs kept | ideal speed-up | measured | of ideal |",
         "|---|---|---|---|---|---|",
@@ -49,7 +55,7 @@ def main() -> None:
         lines += rows(name, arguments.batch, clock)
     command = f"python benchmarks/speedup.py --models {arguments.models} --batch {arguments.batch}"
     command += f" --backend {arguments.backend}"
-    lines += ["", _page.machine(command, arguments.timer)]
+    lines += ["", _page.machine(command, arguments.timer, arguments.take)]
     _page.write(arguments.page, "speedup", "\n".join(lines))
 
 

@@ -3,8 +3,8 @@
 Blocks of equal shape are measured once. For each shape the whole model is cut to a few widths on
 all its axes of that shape alike and timed beside the whole one; the difference, by the number of
 axes, is what one axis takes. So everything between the blocks, the backend and the caches are as
-they will be. What random cuts of all shapes at once save scales the table at the end: blocks share
-caches, and uneven ones run a little slower than their sum.
+they will be. What random cuts of all shapes at once save scales the table at the end: by one factor
+for heads and neurons and one for layers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -102,11 +103,9 @@ def profile(
         dense_ms=dense_ms,
         rows=rows,
     )
-    table = whole_layers(table, anatomy)
-    factor = bench.together(table)
+    table = bench.together(table) if rows else table
     table = dataclasses.replace(
-        table,
-        rows=tuple(_scaled(row, factor) for row in table.rows),
+        whole_layers(table, anatomy),
         round_to=bench.fast_multiple(table),
         busy=bench.busy(is_own=clock is None),
     )
@@ -181,10 +180,11 @@ class _Bench:
         kept = (*counts, first.units)
         return whole, LatencyRow(kind=first.kind, axes=names, kept=kept, ms=ms)
 
-    def together(self, table: LatencyTable) -> float:
-        """What is saved at once over the sum of what is saved one shape at a time."""
-        if not self.anatomy.axes:
-            return 1.0
+    def together(self, table: LatencyTable) -> LatencyTable:
+        """The table with one factor for heads and neurons, and one for layers, that fit at best.
+
+        What random cuts of all shapes at once save is set beside what the table says they save.
+        """
         draw = random.Random(0)
         plans = [_drawn_plan(self.anatomy, draw, number % 2 == 1) for number in range(_DRAWN)]
         cuts = []
@@ -192,11 +192,17 @@ class _Bench:
             cuts.append(clone(self.model))
             cut_(cuts[-1], plan.rows)
         whole, *small = self.clock([self.model, *cuts], self.inputs)
-        said = [1 - latency_ms(table, p.axes, p.keep) / table.dense_ms for p in plans]
-        found = [1 - ms / whole for ms in small]
-        squares = sum(share**2 for share in said)
-        both = sum(one * other for one, other in zip(said, found, strict=True))
-        return min(max(both / squares, 0.5), 2.0) if squares else 1.0
+        found = np.array([1.0 - ms / whole for ms in small])
+        said = np.array([_saved_parts(table, plan) for plan in plans]) / table.dense_ms
+        known = said.any(axis=0)
+        factors = np.ones(2)
+        factors[known] = np.linalg.lstsq(said[:, known], found, rcond=None)[0]
+        sliced, layers = factors.clip(0.5, 2.0).tolist()
+        whole_parts = {axis.name for axis in self.anatomy.axes if axis.removal != "slice"}
+        rows = [
+            _scaled(row, layers if row.axes[0] in whole_parts else sliced) for row in table.rows
+        ]
+        return dataclasses.replace(table, rows=tuple(rows))
 
     def fast_multiple(self, table: LatencyTable) -> int:
         """The multiple of neurons from which on no width takes extra time."""
@@ -237,6 +243,13 @@ def _drawn_plan(anatomy: Anatomy, draw: random.Random, layers: bool) -> Plan:
             fewest = max(-(-axis.units // 4), axis.least)
             keep[axis.name] = tuple(range(draw.randint(fewest, axis.units)))
     return make_plan(anatomy, keep)
+
+
+def _saved_parts(table: LatencyTable, plan: Plan) -> tuple[float, float]:
+    """What a plan saves in milliseconds by units of what stays, and by layers that go."""
+    parts = {row.axis.name: row.keep for row in plan.rows if row.axis.removal != "slice"}
+    without = latency_ms(table, plan.axes, parts)
+    return without - latency_ms(table, plan.axes, plan.keep), table.dense_ms - without
 
 
 def _counts(axis: Axis, widths: Sequence[float]) -> list[int]:
