@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -23,8 +24,12 @@ def write(page: Path | None, name: str, text: str) -> None:
     page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
-def machine(command: str, timer: str, take: str) -> str:
-    """Return a line on where and how it was measured."""
+def machine(timer: str, take: str) -> str:
+    """Return a line on where and how it was measured: the command without its page."""
+    words = sys.argv
+    if "--page" in words:
+        words = words[: words.index("--page")] + words[words.index("--page") + 2 :]
+    command = "python " + " ".join(words)
     clock = "processor time" if timer == "cpu" else "wall time"
     return (
         f"`{command}`, {device_name(torch.device('cpu'))}, {torch.get_num_threads()} thread(s), "

@@ -58,9 +58,7 @@ def main() -> None:
             f"{min(shares):.0%} to {max(shares):.0%} | {statistics.median(errors):.1%} | "
             f"{max(errors):.1%} | {within} of {len(errors)} |"
         )
-    command = "python benchmarks/latency.py --models " + arguments.models
-    command += f" --backend {arguments.backend}"
-    lines += ["", _page.machine(command, arguments.timer, arguments.take)]
+    lines += ["", _page.machine(arguments.timer, arguments.take)]
     _page.write(arguments.page, arguments.name, "\n".join(lines))
 
 

@@ -53,9 +53,7 @@ def main() -> None:
     ]
     for name in arguments.models.split(","):
         lines += rows(name, arguments.batch, clock)
-    command = f"python benchmarks/speedup.py --models {arguments.models} --batch {arguments.batch}"
-    command += f" --backend {arguments.backend}"
-    lines += ["", _page.machine(command, arguments.timer, arguments.take)]
+    lines += ["", _page.machine(arguments.timer, arguments.take)]
     _page.write(arguments.page, "speedup", "\n".join(lines))
 
 
