@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _page
 import torch
 from _rows import append, read
 from torch import Tensor, nn
@@ -100,9 +101,7 @@ def main() -> None:
         if arguments.overhead:
             measure_overhead(bench, costs, arguments.overhead)
     found = "\n".join((table(read(arguments.out, Row)), overhead_table(read(costs, Overhead))))
-    print(found)
-    if arguments.page is not None:
-        write_page(arguments.page, found)
+    _page.write(arguments.page, "tables", found.strip())
 
 
 class Bench:
@@ -267,14 +266,6 @@ def _kept_for_backward(run: Callable[[], Tensor]) -> int:
         alive = run()  # storages stay while the graph does, so that no address is used twice
     del alive
     return sum(kept.values())
-
-
-def write_page(page: Path, tables: str) -> None:
-    """Put the tables between the marks of a page."""
-    begin, end = "<!-- tables -->", "<!-- end of tables -->"
-    before, _, rest = page.read_text().partition(begin)
-    _, _, after = rest.partition(end)
-    page.write_text(f"{before}{begin}\n{tables.strip()}\n{end}{after}")
 
 
 def table(rows: list[Row]) -> str:

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import _page
 import matplotlib
 import torch
 from _rows import append, read
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--allocations", default=",".join(ALLOCATIONS))
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--page", type=Path, help="Markdown page whose tables are written anew")
     parser.add_argument("--distil", type=int, default=0, help="steps after the repair")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -94,8 +96,11 @@ def main() -> None:
             for keep in keeps:
                 bench.measure_distilled(keep, arguments.distil)
     rows = read(arguments.out, Row)
-    for name in dict.fromkeys(row.model for row in rows):
-        print(f"\n{name}. {table([row for row in rows if row.model == name])}")
+    parts = [
+        f"## {name}\n\n{table([row for row in rows if row.model == name])}"
+        for name in dict.fromkeys(row.model for row in rows)
+    ]
+    _page.write(arguments.page, "tables", "\n\n".join(parts))
     clip = [row for row in rows if row.model == "scenes-clip"]
     if clip:
         draw(clip, arguments.out.with_suffix(".png"))
