@@ -8,7 +8,6 @@ row of its own. Rows live in `families/`, one library or model family a file.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from torch import nn
 
 from vlprune.anatomy import GateKind
 from vlprune.calls import Inputs
-from vlprune.errors import UnsupportedModelError
+from vlprune.errors import UnknownNameError, UnsupportedModelError
+from vlprune.trusted import import_trusted
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,9 +126,20 @@ def is_a(module: nn.Module, cls: str) -> bool:
 
 
 def resolve(name: str) -> Any:
-    """Return what "package.module:Class" names."""
+    """Return the class of modules that "package.module:Class" names.
+
+    Raises:
+        UnknownNameError: if its package is none to import from (`trusted.py`), or it names no class
+            of modules.
+    """
     module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        found = getattr(import_trusted(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UnknownNameError(f"class {name!r} must exist; {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise UnknownNameError(f"class {name!r} must be a class of torch modules; it is not.")
+    return found
 
 
 def family_of(model: nn.Module, families: Mapping[str, Family]) -> tuple[str, Family]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from vlprune.anatomy import Axis, Site
 from vlprune.calls import Inputs
 from vlprune.copies import clone
 from vlprune.cutting import cut_
@@ -145,3 +147,21 @@ def check_fits(plan: Plan, model: nn.Module) -> None:
             f"plan must fit the model {type(model).__name__} {fingerprint}; got one made for "
             f"{plan.fingerprint}. Make the plan again with vlprune.plan."
         )
+    sizes = {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
+    faults = [
+        fault for axis in plan.axes for site in axis.sites if (fault := _outside(axis, site, sizes))
+    ]
+    if faults:
+        raise PlanError(f"plan must lie within the model's tensors; {'; '.join(faults[:5])}.")
+
+
+def _outside(axis: Axis, site: Site, sizes: Mapping[str, Sequence[int]]) -> str:
+    """What is wrong with a site, as a plan from elsewhere may have it."""
+    shape = sizes.get(site.tensor)
+    if shape is None:
+        return ""  # a name of another class's, which is taken on when it is cut
+    last = site.offset + axis.units * site.block + (site.repeats - 1) * site.stride
+    inside = -len(shape) <= site.dim < len(shape) and min(site.offset, site.stride) >= 0
+    if inside and min(site.block, site.repeats) > 0 and last <= shape[site.dim]:
+        return ""
+    return f"axis {axis.name!r} does not in {site.tensor!r} of shape {tuple(shape)}"

@@ -9,12 +9,14 @@ edited or foreign folder is refused before anything is loaded; writing is atomic
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from vlprune.bounded import Bounded
 from vlprune.calls import calls_of, cast, quiet_eval, run, tensors_of
 from vlprune.certificate import Certificate, hash_of_weights
 from vlprune.copies import clone
@@ -35,6 +38,8 @@ from vlprune.registry import FAMILIES
 from vlprune.timetable import LatencyTable
 
 FORMAT = 1
+_ROOM = 2**30  # bytes that building an original may take in any case
+_PRUNED_AT_MOST = 64  # and as so many times the weights that are left of it
 _CONFIG, _PLAN, _WEIGHTS = "config.json", "plan.json", "model.safetensors"
 _CERTIFICATE = "certificate.json"
 _FILES = [_CONFIG, _PLAN, _WEIGHTS, _CERTIFICATE]
@@ -102,22 +107,24 @@ def from_pretrained(
     folder = _local(folder)
     config = _read_config(folder)
     plans = _read_plans(folder)
-    model = _build(config["source"])
-    try:
+    room = max(_ROOM, _PRUNED_AT_MOST * (folder / _WEIGHTS).stat().st_size)
+    with _named(folder / _CONFIG, "name a model that can be built"), Bounded(room):
+        model = _build(config["source"])
+    with _named(folder / _PLAN, "fit the model it names"):
         for plan in plans:
             check_fits(plan, model)
             cut_(model, plan.rows)
-    except PlanError as error:
-        raise CheckpointError(f"{folder / _PLAN} must fit the model it names; {error}") from error
-    _load_weights(model, folder / _WEIGHTS, config["ties"])
-    record = Record(
-        source=config["source"],
-        plans=plans,
-        relative_error=config["relative_error"],
-        repaired=tuple(config.get("repaired", ())),
-        repairs=tuple(Repair(**repair) for repair in config.get("repairs", ())),
-        trained=config.get("trained", False),
-    )
+    with _named(folder / _WEIGHTS, "fit the cut model"):
+        _load_weights(model, folder / _WEIGHTS, config["ties"])
+    with _named(folder / _CONFIG, "say what was done"):
+        record = Record(
+            source=config["source"],
+            plans=plans,
+            relative_error=config["relative_error"],
+            repaired=tuple(config.get("repaired", ())),
+            repairs=tuple(Repair(**repair) for repair in config.get("repairs", ())),
+            trained=config.get("trained", False),
+        )
     attach_record(model, record)
     return model.to(device) if device is not None else model
 
@@ -300,6 +307,18 @@ def _check_reload(model: nn.Module, reloaded: nn.Module) -> None:
 # -- reading ---------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _named(path: Path, rule: str) -> Iterator[None]:
+    """Let what goes wrong name the file: files may come from anyone, and hold anything."""
+    try:
+        yield
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:
+        said = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} must {rule}; {type(error).__name__}: {said}") from error
+
+
 def _local(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder)
     if path.exists() or path.is_absolute() or str(folder).startswith("."):
@@ -326,7 +345,7 @@ def _read_config(folder: Path, check_files: bool = True) -> dict[str, Any]:
         version, complete = config["format"], config["checksum"] == _checksum(config)
     except OSError:
         raise CheckpointError(f"{path} must be there; it is not.") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(
             f"{path} must be a vlprune checkpoint's; it is something else, or truncated."
         ) from None
@@ -337,7 +356,12 @@ def _read_config(folder: Path, check_files: bool = True) -> dict[str, Any]:
         )
     if not complete:
         raise CheckpointError(f"{path} must be as it was saved; its checksum does not agree.")
+    missing = {"sha256", "source", "ties", "relative_error"} - set(config)
+    if missing or not all(isinstance(config[key], dict) for key in ("sha256", "source", "ties")):
+        raise CheckpointError(f"{path} must hold all that vlprune writes; it lacks some.")
     for name, digest in config["sha256"].items() if check_files else ():
+        if Path(name).name != name:
+            raise CheckpointError(f"{path} must name files beside it; got {name!r}.")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} must be there; it is not.")
         if _sha256(folder / name) != digest:

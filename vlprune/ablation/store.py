@@ -13,9 +13,9 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from vlprune.calls import tensors_of
 from vlprune.measures import Kept
+
+T = TypeVar("T")
 
 
 class Store:
@@ -46,12 +48,11 @@ class Store:
         """Take in what all processes have written so far."""
         if self.folder is None:
             return
-        for line in _lines(self.folder.glob("values-*.jsonl")):
-            self.values[line["removal"]] = (line["batches"], _array(line["values"]))
-        for line in _lines(self.folder.glob("parts-*.jsonl")):
-            key = (line["removal"], line["batch"])
-            if key[0] not in self.values and key not in self.parts:
-                self.parts[key] = tuple(None if t is None else _array(t) for t in line["kept"])
+        for removal, batches, values in _lines(self.folder.glob("values-*.jsonl"), _values):
+            self.values[removal] = (batches, values)
+        for removal, batch, kept in _lines(self.folder.glob("parts-*.jsonl"), _part):
+            if removal not in self.values and (removal, batch) not in self.parts:
+                self.parts[removal, batch] = kept
 
     def add_part(self, removal: str, batch: int, kept: Kept) -> None:
         """Keep what one batch gave without the units of a removal."""
@@ -106,13 +107,23 @@ def _feed(digest: Any, tensor: Tensor) -> None:
         digest.update(flat.view(torch.uint8).numpy().data)
 
 
-def _lines(paths: Iterable[Path]) -> Iterator[Any]:
+def _lines(paths: Iterable[Path], take: Callable[[Any], T]) -> Iterator[T]:
+    """What every line holds. One that holds nothing of ours was cut off: it is made again."""
     for path in sorted(paths):
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                yield json.loads(line)
-            except ValueError:  # cut off while it was written
+                yield take(json.loads(line))
+            except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
                 continue
+
+
+def _values(line: Any) -> tuple[str, int, Tensor]:
+    return str(line["removal"]), int(line["batches"]), _array(line["values"])
+
+
+def _part(line: Any) -> tuple[str, int, Kept]:
+    kept = tuple(None if t is None else _array(t) for t in line["kept"])
+    return str(line["removal"]), int(line["batch"]), kept
 
 
 def _packed(tensor: Tensor) -> dict[str, Any]:

@@ -7,13 +7,15 @@ and exports: the name says the class and what was changed.
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import linecache
 import textwrap
 from typing import Any
 
 from torch import nn
+
+from vlprune.errors import UnknownNameError
+from vlprune.trusted import import_trusted
 
 
 def is_nameable(cls: type[nn.Module]) -> bool:
@@ -30,13 +32,13 @@ def imported(parts: list[str]) -> type[nn.Module]:
     """Return the class whose import path has these parts."""
     for size in range(len(parts) - 1, 0, -1):
         try:
-            found: Any = importlib.import_module(".".join(parts[:size]))
-        except ModuleNotFoundError:
+            found: Any = import_trusted(".".join(parts[:size]))
+        except (ModuleNotFoundError, UnknownNameError):
             continue
         for part in parts[size:]:
             found = getattr(found, part)
-        assert isinstance(found, type), parts
-        return found
+        if isinstance(found, type) and issubclass(found, nn.Module):
+            return found
     raise AttributeError(f"no module holds the class {'.'.join(parts)}")
 
 
