@@ -5,7 +5,9 @@ The clocks here are made: they read the shapes of a model, so that every number 
 
 import dataclasses
 import functools
+import itertools
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +24,12 @@ from vlprune.clocks import DeviceClock, batch_of, resized
 from vlprune.cost import absolute_budget, resource_of
 from vlprune.errors import BudgetError, CheckpointError, PlanError
 from vlprune.latency import latency_ms, with_latency
-from vlprune.profile import check_place, like_axes, predicted_beside_measured
+from vlprune.profile import (
+    check_place,
+    like_axes,
+    predicted_beside_measured,
+    whole_layers,
+)
 from vlprune.timetable import LatencyRow, LatencyTable
 
 KINDS = ("head", "ffn", "layer")
@@ -151,6 +158,17 @@ def test_noise_makes_no_layer_cheaper_than_its_parts_and_no_width_cheaper_than_l
         assert parts > 0
 
 
+def test_a_layer_that_was_measured_cheaper_than_its_parts_takes_what_they_take() -> None:
+    _, anatomy = dissected("deit")
+    rows = {row.kind: row for row in measured().rows}
+    parts = rows["head"].ms[-1] + rows["ffn"].ms[-1]
+    cheap = dataclasses.replace(rows["layer"], ms=(0.0, 0.5 * parts))
+    table = dataclasses.replace(measured(), rows=(rows["head"], rows["ffn"], cheap))
+    found = whole_layers(table, anatomy.select(KINDS))
+    assert found.by_axis["blocks:layer"].ms[1] == pytest.approx(parts)
+    assert whole_layers(measured(), anatomy.select(KINDS)) == measured()
+
+
 @given(seed=st.integers(0, 1000))
 @settings(max_examples=30, deadline=None)
 def test_less_never_takes_longer(seed: int) -> None:
@@ -213,6 +231,32 @@ def test_the_knapsack_keeps_to_latency_and_parameters_at_once() -> None:
             cost = vlprune.price(priced, more)
             over = cost.latency_ms > 0.7 * table.dense_ms or cost.params > 0.8 * plan.dense.params
             assert over or row.axis.kind == "ffn"  # a removed layer makes its own neurons free
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_knapsack_is_the_best_of_all_plans_by_a_curved_table(seed: int) -> None:
+    scores = scored("open_clip", ("head",), seed)
+    draw = random.Random(seed)
+    rows = []
+    for axis in scores.anatomy.axes:  # rising by unlike steps: cheap ones and dear ones
+        steps = [draw.choice([0.1, 2.0]) for _ in range(axis.units)]
+        ms = tuple(itertools.accumulate(steps, initial=0.0))
+        kept = tuple(range(axis.units + 1))
+        rows.append(LatencyRow(kind="head", axes=(axis.name,), kept=kept, ms=ms))
+    table = dataclasses.replace(measured("open_clip"), rows=tuple(rows), dense_ms=40.0)
+    most = sum(row.ms[-1] for row in rows)
+    limit = 40.0 - 0.55 * most
+    plan = vlprune.plan(scores, {"latency_ms": limit}, "knapsack", latency=table)
+    worth = sum(scores.values[row.axis.name][u] for row in plan.rows for u in row.keep)
+    axes = scores.anatomy.axes
+    best = {a.name: sorted(scores.values[a.name], reverse=True) for a in axes}
+    top = max(
+        sum(sum(best[a.name][:n]) for a, n in zip(axes, counts, strict=True))
+        for counts in itertools.product(*(range(a.units + 1) for a in axes))
+        if 40.0 - most + sum(r.ms[n] for r, n in zip(rows, counts, strict=True)) <= limit
+    )
+    assert plan.planned.latency_ms <= limit
+    assert worth == pytest.approx(top, rel=1e-3)
 
 
 def test_units_that_take_longer_go_first_under_latency_and_not_under_parameters() -> None:
@@ -379,6 +423,20 @@ def test_a_clock_tells_four_times_the_work(timer: str) -> None:
     assert 2.5 < four / one < 6
     assert 0.5 < same / one < 2
     assert models[0].training
+
+
+class Sleeping(nn.Module):
+    """Takes five milliseconds."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.005)
+        return x
+
+
+@pytest.mark.parametrize("take", ["median", "least"])
+def test_a_clock_says_milliseconds_of_one_call(take: str) -> None:
+    found = DeviceClock(rounds=2, take=take)([Sleeping(), Sleeping()], torch.ones(1))
+    assert all(5.0 <= ms < 25.0 for ms in found)
 
 
 @pytest.mark.parametrize(("field", "value"), [("backend", "abacus"), ("rounds", 0)])

@@ -16,10 +16,13 @@ from __future__ import annotations
 import bisect
 import collections
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import scipy.optimize
+import scipy.sparse
 from numpy.typing import NDArray
 
 from vlprune.anatomy import Anatomy
@@ -182,17 +185,69 @@ def _solve(
     matrix = np.asarray(rows, dtype=float)
     sizes = np.asarray([*room.values(), *bounds.values()], dtype=float).clip(min=0)
     scale = matrix.max(axis=1, initial=1.0)
+    order = _in_order(anatomy, blocks) if "latency_ms" in room else []
+    worth = [-block.worth for block in blocks] + [0.0] * len(order)
+    constraints = [
+        scipy.optimize.LinearConstraint(
+            scipy.sparse.hstack(
+                [scipy.sparse.csr_array(matrix / scale[:, None])]
+                + [scipy.sparse.csr_array((len(matrix), len(order)))] * bool(order)
+            ),
+            ub=sizes / scale,
+        )
+    ]
+    if order:
+        constraints.append(scipy.optimize.LinearConstraint(_ordered(order, len(blocks)), ub=0.0))
     found = scipy.optimize.milp(
-        -np.asarray([block.worth for block in blocks]),
-        constraints=scipy.optimize.LinearConstraint(matrix / scale[:, None], ub=sizes / scale),
-        integrality=np.ones(len(blocks)),
+        np.asarray(worth),
+        constraints=constraints,
+        integrality=np.ones(len(worth)),
         bounds=scipy.optimize.Bounds(0, 1),
         options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
     )
     if found.x is None:
         raise BudgetError(f"the integer programme must be solvable; HiGHS says: {found.message}")
-    chosen: NDArray[np.bool_] = found.x > 0.5
+    chosen: NDArray[np.bool_] = found.x[: len(blocks)] > 0.5
     return chosen
+
+
+def _in_order(anatomy: Anatomy, blocks: list[_Block]) -> list[tuple[list[int], list[int]]]:
+    """Runs of blocks of one price of which the second may stay only where all of the first do.
+
+    A later step of an axis that is cheaper than one before it cannot be had alone.
+    """
+    sliced = {axis.name for axis in anatomy.axes if axis.removal == "slice"}
+    members: dict[str, list[int]] = collections.defaultdict(list)
+    for place, block in enumerate(blocks):
+        if block.axis in sliced:
+            members[block.axis].append(place)
+    found = []
+    for places in members.values():
+        runs: list[list[int]] = []
+        prices: list[float] = []
+        for place in places:
+            price = blocks[place].latency_ms / len(blocks[place].units)
+            if runs and math.isclose(price, prices[-1], rel_tol=1e-6):
+                runs[-1].append(place)
+            else:
+                prices.append(price)
+                runs.append([place])
+        cheaper = [n for n in range(1, len(runs)) if prices[n] < max(prices[:n])]
+        found += [(runs[n - 1], runs[n]) for n in cheaper]
+    return found
+
+
+def _ordered(order: list[tuple[list[int], list[int]]], num_blocks: int) -> Any:
+    """The matrix of: a switch needs all of its first run, and the second run its switch."""
+    entries: list[tuple[float, int, int]] = []
+    for n, (first, second) in enumerate(order):
+        switch = num_blocks + n
+        entries += [(-1.0, 2 * n, place) for place in first]
+        entries += [(len(first), 2 * n, switch), (-len(second), 2 * n + 1, switch)]
+        entries += [(1.0, 2 * n + 1, place) for place in second]
+    values, rows, columns = zip(*entries, strict=True)
+    shape = (2 * len(order), num_blocks + len(order))
+    return scipy.sparse.coo_array((values, (rows, columns)), shape=shape)
 
 
 def _filled(
