@@ -9,9 +9,10 @@ import torch
 from vlprune.registry import METRICS
 
 ROOT = Path(__file__).parent.parent
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 BLOCKS = [
     pytest.param(code, id=f"{name}-{number}")
-    for name in ("README.md", "CONTRIBUTING.md", "docs/learned_masks.md", "docs/shipping.md")
+    for name in ("README.md", "CONTRIBUTING.md", *PAGES)
     for number, code in enumerate(
         re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
     )
