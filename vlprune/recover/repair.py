@@ -118,7 +118,7 @@ def repair(
     A layer's new weights are kept only where they do better than the old ones on examples that
     they were not fitted to (every fifth), with the ridge of `ridges` that does best there; then
     they are fitted to all. The record of the result names every layer and its error before and
-    after (`vlprune.record_of(small).repairs`).
+    after (`vlprune.pruner.record_of(small).repairs`).
 
     Args:
         model: dense; left as it was.
