@@ -375,6 +375,8 @@ def _read_config(folder: Path, check_files: bool = True) -> dict[str, Any]:
 
 def _read_plans(folder: Path) -> tuple[Plan, ...]:
     plans: dict[str, tuple[Plan, ...]] = _read_json(folder / _PLAN, dict[str, tuple[Plan, ...]])
+    if set(plans) != {"plans"}:
+        raise CheckpointError(f'{folder / _PLAN} must hold "plans"; it holds {sorted(plans)}.')
     return plans["plans"]
 
 
