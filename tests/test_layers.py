@@ -37,6 +37,7 @@ RANKS = {
     "graph": 3,
     "cutting": 4,
     "expected": 4,
+    "faults": 2,
     "law": 4,
     "ranking": 4,
     "ablation": 5,

@@ -29,6 +29,7 @@ from vlprune.calls import Call, Inputs, calls_of, map_tensors, quiet_eval, run, 
 from vlprune.cost import countable_kernels
 from vlprune.discovery.discover import Discovery, discover
 from vlprune.errors import TraceError, UnsupportedModelError
+from vlprune.faults import check_plain
 from vlprune.layout import BlockLayout, Family, family_of, is_a
 from vlprune.registry import FAMILIES, STRATEGIES
 from vlprune.shapes import QuickShapes
@@ -118,9 +119,11 @@ def dissect(model: nn.Module, example_inputs: Inputs | None = None) -> Anatomy:
         The anatomy. Modules that are left whole are its `refusals`, each with a reason.
 
     Raises:
-        UnsupportedModelError: if nothing prunable was found, or no family can make inputs.
+        UnsupportedModelError: if nothing prunable was found, no family can make inputs, or the
+            model is compiled or quantised.
         TraceError: if the model cannot be traced on the example inputs.
     """
+    check_plain(model)
     calls = calls_of(default_inputs(model) if example_inputs is None else example_inputs)
     view = ModelView(model, calls)
     axes = [axis for strategy in STRATEGIES.values() for axis in strategy(view)]

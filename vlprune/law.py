@@ -28,6 +28,7 @@ from vlprune.calls import (
 )
 from vlprune.copies import exact_clone
 from vlprune.errors import LawError
+from vlprune.faults import check_weights
 from vlprune.gates import Gates
 from vlprune.plan import Plan
 
@@ -50,7 +51,9 @@ def check_masked_equals_cut(
 
     Raises:
         LawError: if it is above `tolerance`, or the outputs differ in number or shape.
+        ValueError: if weights are not finite: named.
     """
+    check_weights(dense)  # where all is NaN, all agrees
     calls = [cast(call, torch.float64) for call in calls_of(example_inputs)]
     masked64, cut64 = exact_clone(dense), exact_clone(cut)
     with (

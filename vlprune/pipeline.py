@@ -25,7 +25,8 @@ from vlprune.copies import clone
 from vlprune.cost import absolute_budget, dense_cost, price
 from vlprune.cutting import cut_
 from vlprune.dissect import default_inputs, dissect, fingerprint_of_model
-from vlprune.errors import LawError, UnknownNameError, UnsupportedModelError
+from vlprune.errors import LawError, PlanError, UnknownNameError, UnsupportedModelError
+from vlprune.faults import check_weights, where_not_finite
 from vlprune.gates import Gates
 from vlprune.latency import with_latency
 from vlprune.law import check_masked_equals_cut
@@ -139,8 +140,10 @@ def score(
     Raises:
         UnknownNameError: for an unknown metric.
         TypeError: if the metric needs a task and there is none.
+        ValueError: if weights, or what the model makes of the batches, are not finite: named.
     """
     kind = METRICS[metric]
+    check_weights(model)
     if kind.needs != "nothing" and task is None:
         raise TypeError(
             f"metric {metric!r} needs a task ({kind.needs} on its batches); got none. "
@@ -163,7 +166,7 @@ def score(
     if kind.needs in ("measure", "task"):
         settings["progress"] = progress
     meter = kind(model, anatomy, strategies=strategies, **settings)
-    with quiet_eval(model), frozen(model), meter:
+    with quiet_eval(model), frozen(model), _naming_faults(model, task), meter:
         if task is not None and kind.needs == "measure":
             with torch.no_grad():
                 meter.update(lambda: task.measure(model))
@@ -174,6 +177,26 @@ def score(
             _run_batches(meter, model, task, kind.needs, max_batches, progress)
         scores: Scores = meter.compute()
     return scores
+
+
+@contextlib.contextmanager
+def _naming_faults(model: nn.Module, task: Task | None) -> Iterator[None]:
+    """Where scoring fails for numbers that are not finite, say where the first one arises."""
+    try:
+        yield
+    except (PlanError, AssertionError) as error:
+        place = ""
+        if task is not None:
+            data = task
+            place = where_not_finite(
+                model, lambda: [data.loss(model, batch) for batch in data.batches()]
+            )
+        if not place:
+            raise
+        raise ValueError(
+            f"numbers must be finite; the first NaN or infinity is in {place}. Look at the batch "
+            "and the weights that it meets."
+        ) from error
 
 
 def _check_strategies(anatomy: Anatomy, strategies: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from vlprune.copies import clone
 from vlprune.cutting import cut_
 from vlprune.dissect import default_inputs, fingerprint_of_model
 from vlprune.errors import PlanError, UnsupportedModelError
+from vlprune.faults import check_plain
 from vlprune.history import names_after
 from vlprune.law import check_masked_equals_cut
 from vlprune.layout import family_of
@@ -141,6 +142,7 @@ def source_of(model: nn.Module) -> dict[str, Any] | None:
 
 def check_fits(plan: Plan, model: nn.Module) -> None:
     """Raise PlanError unless `plan` was made for a model of this structure."""
+    check_plain(model)
     fingerprint = fingerprint_of_model(model)
     if plan.fingerprint != fingerprint:
         raise PlanError(
