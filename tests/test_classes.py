@@ -12,6 +12,7 @@ from vlprune.calls import calls_of, map_tensors, run, tensors_of
 from vlprune.classes import narrow, passing, picking, split
 from vlprune.classes.padded import PaddedLinear
 from vlprune.dissect import default_inputs
+from vlprune.errors import UnknownNameError
 from vlprune.layout import resolve
 from vlprune.shapes import QuickShapes
 
@@ -98,7 +99,7 @@ def test_a_narrow_class_takes_its_width_from_an_attribute() -> None:
     assert type(again) is type(module)
     assert isinstance(again, Fixed)
     assert torch.equal(again(x), expected)
-    with pytest.raises(AttributeError, match="has no places"):
+    with pytest.raises(UnknownNameError, match="has no places"):
         resolve(name.removesuffix("__0") + "__7")
 
 

@@ -49,7 +49,8 @@ class Samples:
 
     def drawn(self, seed: int) -> Tensor:
         """Return the measure of every resample [resamples]."""
-        return self.of_means(resampling_weights(len(self.rows), seed) @ self.rows)
+        counts = resampling_counts(len(self.rows), seed)
+        return self.of_means(counts @ self.rows / len(self.rows))
 
 
 def _percentiles(drawn: Tensor, level: float, examples: int) -> tuple[float, float]:
@@ -95,13 +96,12 @@ def differences(
 
 
 @functools.lru_cache(maxsize=2)
-def resampling_weights(examples: int, seed: int) -> Tensor:
-    """Return how much every example weighs in every resample [resamples, examples], float64."""
+def resampling_counts(examples: int, seed: int) -> Tensor:
+    """Return how often every example is in every resample [resamples, examples], float64."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(examples, (RESAMPLES, examples), generator=generator)
-    weights = torch.zeros(RESAMPLES, examples, dtype=torch.float64)
-    weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-    return weights / examples
+    counts = torch.zeros(RESAMPLES, examples, dtype=torch.float64)
+    return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
 
 
 def samples_of(task: Any, model: nn.Module) -> Samples:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from vlprune.samples import resampling_weights
+from vlprune.samples import resampling_counts
 
 K = TypeVar("K")
 
@@ -26,7 +26,7 @@ def bootstrap(
     for size in {len(row) for row in falls.values()}:
         keys = [key for key, row in falls.items() if len(row) == size]
         rows = torch.stack([falls[key].double() for key in keys])
-        means = resampling_weights(size, seed) @ rows.T
+        means = resampling_counts(size, seed) @ rows.T / size
         tail = (1 - level) / 2
         low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
         found |= {key: (float(a), float(b)) for key, a, b in zip(keys, low, high, strict=True)}
