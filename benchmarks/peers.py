@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import warnings
 from typing import Any
 
 import torch
 import torch_pruning as tp
 import transformers
+from _torch_pruning import cut_
 from torch import nn
 
 import vlprune
@@ -142,39 +142,7 @@ def cut_by_torch_pruning(model: nn.Module, importance: Any, share: float, task: 
     inputs = task.example_inputs(small)
     for batch in task.batches():  # gradients for Taylor
         task.loss(small, batch).backward()
-    heads, ignored = {}, []
-    for name, module in small.named_modules():
-        if name.endswith(("q_proj", "k_proj", "v_proj", "qkv")):
-            heads[module] = 6
-        elif isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)) and not name.endswith("fc1"):
-            ignored.append(module)  # its width is that of the residual stream
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pruner = tp.pruner.BasePruner(
-            small,
-            inputs,
-            importance=importance,
-            pruning_ratio=1 - share,
-            num_heads=heads,
-            prune_num_heads=True,
-            prune_head_dims=False,
-            head_pruning_ratio=1 - share,
-            ignored_layers=ignored,
-            output_transform=lambda out: (
-                out
-                if isinstance(out, torch.Tensor)
-                else [out.logits_per_image, out.logits_per_text]
-            ),
-        )
-        pruner.step()
-    for module in small.modules():
-        if hasattr(module, "q_proj"):
-            module.num_heads = pruner.num_heads[module.q_proj]
-            module.embed_dim = module.num_heads * module.head_dim
-        if hasattr(module, "qkv"):
-            module.num_heads = pruner.num_heads[module.qkv]
-            module.attn_dim = module.num_heads * module.head_dim
-    return small.eval()
+    return cut_(small, inputs, importance, share)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ import argparse
 import copy
 import math
 import random
-import warnings
 from pathlib import Path
 
 import _page
 import torch
 import torch_pruning as tp
+from _torch_pruning import cut_
 from torch import nn
 
 import vlprune
@@ -100,32 +100,9 @@ def drawn(anatomy: vlprune.Anatomy, spread: float) -> vlprune.Scores:
 
 def cut_by_torch_pruning(model: nn.Module, example_inputs: Inputs) -> nn.Module:
     """Return a copy of a timm model of which torch-pruning keeps half of heads and neurons."""
-    small = copy.deepcopy(model)
-    heads = {m.qkv: m.num_heads for m in small.modules() if hasattr(m, "qkv")}
-    ignored = [
-        module
-        for name, module in small.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.endswith(("fc1", "qkv"))
-    ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pruner = tp.pruner.BasePruner(
-            small,
-            calls_of(example_inputs)[0].args or dict(calls_of(example_inputs)[0].kwargs),
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
-            pruning_ratio=0.5,
-            num_heads=heads,
-            prune_num_heads=True,
-            prune_head_dims=False,
-            head_pruning_ratio=0.5,
-            ignored_layers=ignored,
-        )
-        pruner.step()
-    for module in small.modules():
-        if hasattr(module, "qkv"):
-            module.num_heads = pruner.num_heads[module.qkv]
-            module.attn_dim = module.num_heads * module.head_dim
-    return small.eval()
+    call = calls_of(example_inputs)[0]
+    importance = tp.importance.GroupMagnitudeImportance(p=2)
+    return cut_(copy.deepcopy(model), call.args or dict(call.kwargs), importance, 0.5)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,12 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(getattr(value, field.name))
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor's values, in order, for hashing."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
 def first_tensor(output: Any) -> Tensor:
     """Return the first tensor of nested tuples."""
     while isinstance(output, tuple):

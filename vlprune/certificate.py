@@ -13,10 +13,9 @@ import json
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from vlprune.calls import tensors_of
+from vlprune.calls import bytes_of, tensors_of
 from vlprune.plan import Plan, show_limit
 
 Verdict = Literal["proven", "failed", "not tested"]
@@ -182,9 +181,7 @@ def hash_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
         if tensor.is_meta:
             return ""
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        if flat.numel():
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

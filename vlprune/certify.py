@@ -33,15 +33,20 @@ from vlprune.contracts import Task
 from vlprune.copies import clone, exact_clone
 from vlprune.cost import count_params
 from vlprune.cutting import cut_
-from vlprune.dissect import default_inputs, fingerprint_of_model
+from vlprune.dissect import default_inputs
 from vlprune.errors import CheckpointError, LawError, PlanError, UnsupportedModelError
 from vlprune.export import TOLERANCES, compile_error, export_error, to_onnx
 from vlprune.gates import Gates, zeros_and_ones
 from vlprune.history import Fate, fates_of
-from vlprune.law import TOLERANCE, check_masked_equals_cut, relative_error_of_outputs
+from vlprune.law import (
+    TOLERANCE,
+    check_masked_equals_cut,
+    difference,
+    relative_error_of_outputs,
+)
 from vlprune.pipeline import create_model
 from vlprune.plan import Plan
-from vlprune.pruner import check_fits, record_of
+from vlprune.pruner import cut_but_last_, record_of
 from vlprune.registry import FAMILIES
 from vlprune.shipped import SHIPPED
 from vlprune.store import from_pretrained, read_certificate, save_pretrained
@@ -193,16 +198,11 @@ class _Past:
 
     def __init__(self, dense: nn.Module, small: nn.Module):
         plans = record_of(small).plans
-        fingerprint = fingerprint_of_model(dense)
-        since = next((i for i, plan in enumerate(plans) if plan.fingerprint == fingerprint), 0)
         self.before_last = clone(dense)
         self.fault = ""
         self.last = plans[-1]
         try:
-            for earlier in plans[since:-1]:
-                check_fits(earlier, self.before_last)
-                cut_(self.before_last, earlier.rows)
-            check_fits(self.last, self.before_last)
+            cut_but_last_(self.before_last, plans)
             self.cut = clone(self.before_last)
             cut_(self.cut, self.last.rows)
         except PlanError as error:
@@ -349,14 +349,10 @@ def _difference(one: nn.Module, other: nn.Module, inputs: Inputs) -> float:
     one = clone(one)  # weights mapped from a file lie unaligned: kernels add in another order
     other = clone(other)
     dtype = next(p.dtype for p in one.parameters() if p.is_floating_point())
-    with torch.no_grad(), quiet_eval(one), quiet_eval(other):
-        try:
-            return max(
-                relative_error_of_outputs(run(one, call), run(other, call))
-                for call in (cast(call, dtype) for call in calls_of(inputs))
-            )
-        except Exception as error:
-            raise LawError(f"both models must run; {type(error).__name__}: {error}") from error
+    try:
+        return difference(one, other, [cast(call, dtype) for call in calls_of(inputs)])
+    except Exception as error:
+        raise LawError(f"both models must run; {type(error).__name__}: {error}") from error
 
 
 # -- counts ----------------------------------------------------------------------------------------

@@ -81,8 +81,6 @@ def where_not_finite(model: nn.Module, runs: Callable[[], Any]) -> str:
 
 
 def _all_finite(value: Any) -> bool:
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict):
-        value = [*value[0], *value[1].values()]
     return all(map(_is_finite, tensors_of(value)))
 
 

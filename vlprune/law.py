@@ -7,7 +7,7 @@ outputs differ is named.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -121,6 +121,12 @@ def relative_error_of_outputs(expected: Any, got: Any) -> float:
     pairs = [(a, b) for a, b in zip(before, after, strict=True) if not _lost_heads(a, b)]
     errors = [relative_error(a, b) for a, b in pairs]
     return max((float("inf") if e != e else e for e in errors), default=float("inf"))
+
+
+def difference(one: nn.Module, other: nn.Module, calls: Iterable[Call]) -> float:
+    """Return the largest relative error between what two models answer to the same calls."""
+    with torch.no_grad(), quiet_eval(one), quiet_eval(other):
+        return max(relative_error_of_outputs(run(one, call), run(other, call)) for call in calls)
 
 
 def _lost_heads(expected: Tensor, got: Tensor) -> bool:

@@ -24,7 +24,7 @@ from vlprune.contracts import Task
 from vlprune.copies import clone
 from vlprune.cost import absolute_budget, dense_cost, price
 from vlprune.cutting import cut_
-from vlprune.dissect import default_inputs, dissect, fingerprint_of_model
+from vlprune.dissect import default_inputs, dissect
 from vlprune.errors import LawError, PlanError, UnknownNameError, UnsupportedModelError
 from vlprune.faults import check_weights, where_not_finite
 from vlprune.gates import Gates
@@ -36,6 +36,7 @@ from vlprune.pruner import (
     Record,
     attach_record,
     check_fits,
+    cut_but_last_,
     record_of,
     source_of,
 )
@@ -150,7 +151,7 @@ def score(
             "Give task=vlprune.tasks.Retrieval(loader), or one of your own."
         )
     if anatomy is None:
-        inputs = example_inputs if example_inputs is not None else _task_inputs(model, task)
+        inputs = example_inputs if example_inputs is not None else task_inputs(model, task)
         anatomy = dissect(model, inputs)
     _check_strategies(anatomy, strategies)
     for name in getattr(kind, "takes_scores", ()):
@@ -242,7 +243,8 @@ def _run_batches(
             progress(done, min(total, max_batches or total) or done)
 
 
-def _task_inputs(model: nn.Module, task: Task | None) -> Inputs | None:
+def task_inputs(model: nn.Module, task: Task | None) -> Inputs | None:
+    """Return the example inputs of a task on the model's device; None where there are none."""
     inputs = task.example_inputs(model) if task is not None else None
     if inputs is None:
         return None
@@ -288,6 +290,29 @@ def plan(
     keep = ALLOCATIONS[allocation](scores, budget, min_units=min_units, **options)
     if within is not None:
         keep = {name: _best(anatomy.axis(name), units, within) for name, units in keep.items()}
+    more = {
+        **({} if within is None else {"within": within.metric}),
+        **({} if anatomy.latency is None else {"latency": anatomy.latency.place}),
+        **{k: v.metric if isinstance(v, Scores) else v for k, v in options.items()},
+    }
+    return plan_of(scores, keep, budget, allocation=allocation, min_units=min_units, **more)
+
+
+def plan_of(
+    scores: Scores,
+    keep: Mapping[str, tuple[int, ...]],
+    budget: Mapping[str, float],
+    **how: Any,
+) -> Plan:
+    """Return the plan that keeps `keep`, priced, with how it was made.
+
+    Args:
+        scores: that it was made of.
+        keep: axis name to units that stay.
+        budget: that was asked for.
+        how: allocation, its options; JSON values only.
+    """
+    anatomy = scores.anatomy
     return make_plan(
         anatomy,
         keep,
@@ -298,11 +323,7 @@ def plan(
             "metric": scores.metric,
             "settings": scores.settings,
             "strategies": list(anatomy.kinds),
-            "allocation": allocation,
-            "min_units": min_units,
-            **({} if within is None else {"within": within.metric}),
-            **({} if anatomy.latency is None else {"latency": anatomy.latency.place}),
-            **{k: v.metric if isinstance(v, Scores) else v for k, v in options.items()},
+            **how,
         },
     )
 
@@ -405,7 +426,7 @@ def compress(
     if steps < 1 or (latency is not None and steps > 1):
         most = "" if latency is None else " and at most 1, as a latency table fits one structure"
         raise ValueError(f"steps must be at least 1{most}; got {steps}.")
-    inputs = _task_inputs(model, task)
+    inputs = task_inputs(model, task)
     whole = dissect(model, inputs)
     anatomy = whole.select(strategies)
     if latency is not None:
@@ -465,13 +486,8 @@ def verify(dense: nn.Module, small: nn.Module, example_inputs: Inputs | None = N
     if not plans:
         raise ValueError("small must carry a plan; this model was never cut by vlprune.prune.")
     inputs = default_inputs(dense, batch=2) if example_inputs is None else example_inputs
-    fingerprint = fingerprint_of_model(dense)
-    since = [i for i, plan in enumerate(plans) if plan.fingerprint == fingerprint]
     before_last = clone(dense)
-    for earlier in plans[since[0] if since else 0 : -1]:
-        check_fits(earlier, before_last)
-        cut_(before_last, earlier.rows)
-    check_fits(plans[-1], before_last)
+    cut_but_last_(before_last, plans)
     repaired = set(record_of(small).repaired)
     if repaired:
         plain = clone(before_last)

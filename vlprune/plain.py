@@ -20,17 +20,17 @@ import torch
 from torch import nn
 
 from vlprune.anatomy import Anatomy, Axis
-from vlprune.calls import Inputs, calls_of, cast, quiet_eval, run
+from vlprune.calls import Inputs, calls_of, cast, quiet_eval
 from vlprune.contracts import Task
 from vlprune.copies import clone, exact_clone
-from vlprune.cost import count_params, dense_cost, price, resource_of
+from vlprune.cost import count_params, price, resource_of
 from vlprune.cutting import cut_
 from vlprune.dissect import default_inputs
 from vlprune.errors import BudgetError, CheckpointError, LawError, PlanError
 from vlprune.history import Fate, fates_of
-from vlprune.law import TOLERANCE, relative_error_of_outputs
+from vlprune.law import TOLERANCE, difference
 from vlprune.layout import Family
-from vlprune.pipeline import mask, plan
+from vlprune.pipeline import mask, plan, plan_of
 from vlprune.plan import Plan, Scores, make_plan
 from vlprune.pruner import record_of, source_of
 from vlprune.ranking import keep_after, ranks, savings
@@ -157,20 +157,7 @@ def plain_plan(
             "such as ffn,layer."
         )
     keep = _cheapest(scores, _bundles(scores, groups, resource_of(budget), min_units), budget)
-    return make_plan(
-        anatomy,
-        keep,
-        asked=budget,
-        dense=dense_cost(anatomy),
-        planned=price(anatomy, keep),
-        made_by={
-            "metric": scores.metric,
-            "settings": scores.settings,
-            "strategies": list(anatomy.kinds),
-            "allocation": "plain",
-            "min_units": min_units,
-        },
-    )
+    return plan_of(scores, keep, budget, allocation="plain", min_units=min_units)
 
 
 def restriction(
@@ -396,11 +383,8 @@ def _difference(small: nn.Module, stock: nn.Module, example_inputs: Inputs | Non
         LawError: if it is above the tolerance.
     """
     inputs = default_inputs(small, batch=2) if example_inputs is None else example_inputs
-    one, other = exact_clone(small), exact_clone(stock)
-    error = 0.0
-    with torch.no_grad(), quiet_eval(one), quiet_eval(other):
-        for call in (cast(call, torch.float64) for call in calls_of(inputs)):
-            error = max(error, relative_error_of_outputs(run(one, call), run(other, call)))
+    calls = [cast(call, torch.float64) for call in calls_of(inputs)]
+    error = difference(exact_clone(small), exact_clone(stock), calls)
     if not error <= TOLERANCE:
         raise LawError(
             f"the stock {type(stock).__name__} must compute what the cut model computes, to "

@@ -157,6 +157,20 @@ def check_fits(plan: Plan, model: nn.Module) -> None:
         raise PlanError(f"plan must lie within the model's tensors; {'; '.join(faults[:5])}.")
 
 
+def cut_but_last_(model: nn.Module, plans: Sequence[Plan]) -> None:
+    """Cut `model` itself by all plans but the last, from the first on that is of its structure.
+
+    Raises:
+        PlanError: if one of them, or the last, does not fit what the ones before it leave.
+    """
+    fingerprint = fingerprint_of_model(model)
+    since = next((i for i, plan in enumerate(plans) if plan.fingerprint == fingerprint), 0)
+    for plan in plans[since:-1]:
+        check_fits(plan, model)
+        cut_(model, plan.rows)
+    check_fits(plans[-1], model)
+
+
 def _outside(axis: Axis, site: Site, sizes: Mapping[str, Sequence[int]]) -> str:
     """What is wrong with a site, as a plan from elsewhere may have it."""
     shape = sizes.get(site.tensor)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlprune.calls import tensors_of
+from vlprune.calls import bytes_of, tensors_of
 from vlprune.measures import Kept
 
 T = TypeVar("T")
@@ -102,9 +102,7 @@ def content_of(batch: Any) -> str:
 
 def _feed(digest: Any, tensor: Tensor) -> None:
     digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if flat.numel():
-        digest.update(flat.view(torch.uint8).numpy().data)
+    digest.update(bytes_of(tensor))
 
 
 def _lines(paths: Iterable[Path], take: Callable[[Any], T]) -> Iterator[T]:

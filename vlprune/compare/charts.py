@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from vlprune.anatomy import Axis
 from vlprune.compare.results import Comparison, Point
@@ -187,8 +188,6 @@ def _share_of(kept: Sequence[tuple[float, Any]], axis: Axis, unit: int) -> float
 
 
 def _cells(panel: Any, rows: list[list[float]], palette: Palette, numbers: bool = False) -> None:
-    from matplotlib.patches import Rectangle
-
     for y, row in enumerate(rows):
         for x, share in enumerate(row):
             patch = Rectangle(

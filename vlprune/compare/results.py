@@ -9,7 +9,6 @@ import csv
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +194,5 @@ def write_csv(comparison: Comparison, path: str | os.PathLike[str]) -> None:
         writer = csv.writer(file)
         writer.writerow([*names, "of_dense"])
         for point in (comparison.dense, *comparison.points):
-            writer.writerow([*_values(point, names), comparison.of_dense(point)])
-
-
-def _values(point: Point, names: Iterable[str]) -> list[Any]:
-    return [getattr(point, name) for name in names]
+            values = [getattr(point, name) for name in names]
+            writer.writerow([*values, comparison.of_dense(point)])

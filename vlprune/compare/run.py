@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from vlprune.anatomy import Anatomy
-from vlprune.calls import Inputs, map_tensors, quiet_eval
+from vlprune.calls import Inputs, quiet_eval
+from vlprune.clocks import device_of, resized
 from vlprune.compare.results import Agreement, Comparison, Difference, Failure, Point, Scoring
 from vlprune.consumers import forward_of
 from vlprune.contracts import Task
 from vlprune.cost import count_macs, count_params, latencies_ms
 from vlprune.dissect import default_inputs, dissect
 from vlprune.errors import BudgetError, LawError, PlanError
-from vlprune.pipeline import Progress, plan, prune, score
+from vlprune.pipeline import Progress, plan, prune, score, task_inputs
 from vlprune.plan import Plan, Scores, versions
 from vlprune.ranking import savings
 from vlprune.recover.repair import repair
@@ -157,11 +158,10 @@ class _Work:
     ):
         self.model, self.task, self.test = model, task, test
         self.strategies, self.command = strategies, command
-        self.device = next(model.parameters()).device
-        given = task.example_inputs(model)
-        inputs = default_inputs(model) if given is None else given
-        self.inputs: Inputs = map_tensors(inputs, lambda tensor: tensor.to(self.device))
-        self.batch = map_tensors(self.inputs, lambda tensor: _repeated(tensor, batch_size))
+        self.device = device_of(model)
+        given = task_inputs(model, task)
+        self.inputs: Inputs = default_inputs(model) if given is None else given
+        self.batch = resized(self.inputs, batch_size)
         self.whole: Anatomy = dissect(model, self.inputs)
         self.anatomy = self.whole.select(strategies)
         self.plans: dict[str, Plan] = {}
@@ -255,13 +255,6 @@ class _Work:
             command=self.command(*case) if chosen else "",
         )
         return _Made(point=point, samples=samples)
-
-
-def _repeated(tensor: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Example inputs [1, ...] as a batch [batch_size, ...]."""
-    if tensor.dim() == 0 or len(tensor) != 1:
-        return tensor
-    return tensor.expand(batch_size, *tensor.shape[1:]).contiguous()
 
 
 def _python(resource: str) -> Command:
