@@ -12,6 +12,7 @@ from torchmetrics.retrieval import RetrievalHitRate
 
 import vlprune
 from vlprune.calls import calls_of, run
+from vlprune.metrics.mope import Mope
 from vlprune.pruner import record_of
 from vlprune.tasks import CallableTask, Retrieval
 from vlprune.tasks.retrieval import encode_pair, recall
@@ -300,6 +301,47 @@ def test_matching_is_measured_unit_by_unit_and_repaired_through_both_heads() -> 
     small = vlprune.repair(model, vlprune.make_plan(some, keep), task)
     assert any("crossattention" in name for name in record_of(small).repaired)
     assert len(calls_of(task.example_inputs(model))) == 2
+
+
+@pytest.mark.parametrize("measure", ["loss", "kl"])
+def test_matching_batches_are_ablated_exactly_though_examples_mix(measure: str) -> None:
+    model, anatomy = dissected("BlipForImageTextRetrieval")
+    # batches whose hard negatives are the same under noise on a block, and others without a head
+    task = Retrieval([blip_batch(3, seed) for seed in (6, 9, 11)], ks=(1, 2), matching=True)
+    some = anatomy.select(("head", "layer"))
+
+    def loss() -> float:
+        losses = [task.losses(model, task.outputs(model, b), b[1]) for b in task.batches()]
+        return -float(torch.cat(losses).double().mean())
+
+    def divergence() -> float:
+        parts = []
+        for batch, before in zip(task.batches(), dense, strict=True):
+            for one, two in zip(
+                before, task.logits(model, task.outputs(model, batch)), strict=True
+            ):
+                p, q = one.double().softmax(-1), two.double().softmax(-1)
+                parts.append(float((p * (p / q).log()).sum(-1).mean()))
+        return -sum(parts) / len(parts)
+
+    kinds = ("head", "layer")
+    with torch.no_grad():
+        dense = [task.logits(model, task.outputs(model, batch)) for batch in task.batches()]
+        meter = Mope(model, some, strategies=kinds)
+        meter.update(loss if measure == "loss" else divergence)
+    expected = meter.compute()
+    found = vlprune.score(
+        model, "mope", task, anatomy=some, strategies=kinds, measure=measure, copies=4
+    )
+    for name, row in expected.values.items():
+        assert found.values[name] == pytest.approx(row, rel=1e-4, abs=2e-6), name
+
+
+def test_a_measure_that_a_task_cannot_give_is_refused() -> None:
+    model, anatomy = dissected("open_clip")
+    meter = Mope(model, anatomy.select(("layer",)), strategies=("layer",), measure="kl")
+    with pytest.raises(TypeError, match=r"measure must be 'task' .* got 'kl' with function"):
+        meter.update(lambda: 0.0)
 
 
 def test_too_few_to_rank_again_are_refused() -> None:

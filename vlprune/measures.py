@@ -23,7 +23,8 @@ class ExampleTask(Protocol):
     """A task that says how well a model does on every example, from what it gives for it.
 
     It offers all that a `contracts.Task` does, and what a batch of B examples gives as tensors
-    [B, ...], so that these can be kept, compared and measured later.
+    [B, ...], so that these can be kept, compared and measured later. An attribute `mixes_examples`
+    that is true says that outputs of an example depend on which others are in its batch.
     """
 
     def batches(self) -> Iterable[Any]:
@@ -139,8 +140,11 @@ MEASURES: dict[str, type[Measure]] = {
 }
 
 
-def is_example_task(task: Any) -> bool:
-    """Say whether a task offers what measures need (`values_examples` may say that it does not)."""
+def is_example_task(task: Any, measure: str = "task") -> bool:
+    """Say whether a task offers what a measure needs.
+
+    For "task", the attribute `values_examples` may say that outputs do not give the task's measure.
+    """
     names = ("batches", "outputs", "targets", "values", "losses", "logits")
     offered = all(callable(getattr(task, name, None)) for name in names)
-    return offered and bool(getattr(task, "values_examples", True))
+    return offered and (measure != "task" or bool(getattr(task, "values_examples", True)))

@@ -32,6 +32,8 @@ class Ablations:
         removals: what is taken out, each on its own.
         forward: what a batch gives, tensors [B, ...]: a task's `outputs` on this model.
         copies: how many removals of one axis run side by side in one forward.
+        mixes_examples: outputs choose among the examples of a batch. Noise may choose as the dense
+            model does where a removal does not, so that nothing after a block is handed out.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class Ablations:
         forward: Forward,
         *,
         copies: int = 1,
+        mixes_examples: bool = False,
     ):
         self.model = model
         self.copies = copies
+        self._mixes_examples = mixes_examples
         self.blocks = by_block(model, anatomy, removals)
         self._axes = {axis.name: axis for axis in anatomy.axes}
         used = dict.fromkeys(removal.axis for removal in removals)
@@ -198,6 +202,8 @@ class Ablations:
 
     def _dependent(self, stack: str) -> set[Key]:
         """Calls whose answers change with what the first block of a stack answers."""
+        if self._mixes_examples:
+            return set(self._record.answers)
         blocks = [block for block in self.blocks if stack_of(block) == stack]
         begins = {key[0]: begin for key, begin in reversed(self._record.begins.items())}
         first = min((b for b in blocks if b in begins), key=lambda block: begins[block])

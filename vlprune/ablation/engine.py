@@ -116,10 +116,15 @@ class Engine:
         self._stopper = stopper
         self._progress = progress
         self._shard = shard if not _is_distributed() else (dist.get_rank(), dist.get_world_size())
+        mixes = bool(getattr(task, "mixes_examples", False))
         self._ablations = Ablations(
-            model, anatomy, self.removals, lambda batch: task.outputs(model, batch)
+            model,
+            anatomy,
+            self.removals,
+            lambda batch: task.outputs(model, batch),
+            mixes_examples=mixes,
         )
-        self._copies = copies
+        self._copies = 1 if mixes else copies
         self._settings = {"measure": measure, "torch": torch.__version__, "format": 1}
         self._folder = store
         batches: Any = task.batches()

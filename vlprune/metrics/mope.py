@@ -121,10 +121,17 @@ class Mope(AxisMetric):
             measure: a task, or a function without arguments that says how well the model does.
 
         Raises:
-            TypeError: if it is neither.
+            TypeError: if it is neither, or if `measure` is another than "task" and the task gives
+                no outputs, losses and logits.
         """
-        if is_example_task(measure):
+        if is_example_task(measure, self.measure):
             self._run(measure)
+        elif self.measure != "task":
+            raise TypeError(
+                f"measure must be 'task' where the task does not say what an example gives; got "
+                f"{self.measure!r} with {type(measure).__name__} in Mope. Give an example task, "
+                "see vlprune/measures.py."
+            )
         elif callable(getattr(measure, "measure", None)):
             self._loop(lambda: float(measure.measure(self.model)))
         elif callable(measure):

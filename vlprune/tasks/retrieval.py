@@ -55,8 +55,9 @@ class Retrieval:
             `get_text_features`, or what BLIP's projections make of its first tokens.
         matching: for `BlipForImageTextRetrieval`: the loss gains the matching head's, on every pair
             and its two hardest negatives in the batch, and the `top` most similar candidates are
-            ranked again by that head. What an example is worth then depends on the head's view of
-            others, so mope calls `measure` for every unit.
+            ranked again by that head. The recall of an example then depends on the head's view of
+            others, so mope calls `measure` for every unit; with `measure="kl"` or "loss" it does
+            not, and is far faster.
         top: how many are ranked again; at least the largest of `ks`.
 
     Raises:
@@ -87,8 +88,13 @@ class Retrieval:
 
     @property
     def values_examples(self) -> bool:
-        """Whether outputs say what an example is worth: not where a head ranks them again."""
+        """Whether outputs give the recall of an example: not where a head ranks them again."""
         return not self.matching
+
+    @property
+    def mixes_examples(self) -> bool:
+        """Whether outputs depend on the rest of the batch: the head sees its hardest negatives."""
+        return self.matching
 
     def batches(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Yield (image, text)."""
