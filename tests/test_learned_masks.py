@@ -89,6 +89,38 @@ def _double(value: Any) -> Any:
     return vlprune.calls.map_tensors(value, lambda t: t.double() if t.is_floating_point() else t)
 
 
+@torch.no_grad()
+def test_the_bias_of_a_fused_layer_and_the_softmax_scale_outlive_the_cut() -> None:
+    """Both are lost in the authors' code; either loss would show here."""
+    model, anatomy = dissected("deit")
+    masks = UPop(model, anatomy, budget={"params": 0.6}, steps=1, units="paper")
+    with masks, torch.enable_grad():
+        loss(model, BATCHES[0]).backward()
+        masks.update()
+        masks.step()
+    model.zero_grad()
+    (images, _), plan = BATCHES[0], masks.plan()
+    small = vlprune.prune(model, plan).double()
+    with vlprune.mask(clone(model).double(), plan) as masked:
+        expected = masked(images.double())
+    assert relative_error(small(images.double()), expected) <= 1e-9
+
+    for block, before in zip(small.blocks, model.blocks, strict=True):
+        attention, old = block.attn, before.attn
+        rows = attention.qkv.weight.shape[0]
+        assert rows < old.qkv.weight.shape[0]
+        assert attention.qkv.bias.shape == (rows,)
+        assert set(attention.qkv.bias.tolist()) <= set(old.qkv.bias.double().tolist())
+        assert attention.scale == old.scale == 16**-0.5
+    for fault in (
+        lambda attention: attention.qkv.bias.zero_(),
+        lambda attention: setattr(attention, "scale", (attention.qkv.weight.shape[0] / 9) ** -0.5),
+    ):
+        faulty = clone(small)
+        fault(faulty.blocks[0].attn)
+        assert relative_error(faulty(images.double()), expected) > 1e-6
+
+
 def test_masks_shrink_as_the_paper_says() -> None:
     shares = [shrinkage(t, 1000) for t in (0, 100, 250, 500, 750, 900, 1000)]
     assert shares == pytest.approx([0, 0.156, 0.383, 0.707, 0.924, 0.988, 1], abs=6e-4)
