@@ -24,8 +24,13 @@ def write(page: Path | None, name: str, text: str) -> None:
     page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
-def machine(timer: str, take: str) -> str:
-    """Return a line on where and how it was measured: the command without its page."""
+def machine(timer: str, take: str = "") -> str:
+    """Return a line on where and how it was measured: the command without its page.
+
+    Args:
+        timer: "cpu" or "wall".
+        take: which of the rounds, where there are several.
+    """
     words = sys.argv
     if "--page" in words:
         words = words[: words.index("--page")] + words[words.index("--page") + 2 :]
@@ -33,5 +38,6 @@ def machine(timer: str, take: str) -> str:
     clock = "processor time" if timer == "cpu" else "wall time"
     return (
         f"`{command}`, {device_name(torch.device('cpu'))}, {torch.get_num_threads()} thread(s), "
-        f"torch {torch.__version__}, {clock}, {take} of the rounds, load {os.getloadavg()[0]:.1f}."
+        f"torch {torch.__version__}, {clock}, {f'{take} of the rounds, ' if take else ''}"
+        f"load {os.getloadavg()[0]:.1f}."
     )

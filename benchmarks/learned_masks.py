@@ -1,7 +1,8 @@
 """Masks that are learnt against one-shot criteria: what is left after the same training.
 
 `python benchmarks/learned_masks.py --out docs/learned_masks.csv` measures, on every model that
-ships, every row that the file does not hold yet: the dense model; then, for half and a quarter of
+ships and on zero-shot classification, every row that the file does not hold yet: the dense model;
+then, for half and a quarter of
 the parameters of heads and neurons kept, what each method leaves after it was cut and trained for
 `--retrain` steps. Methods that search train for `--search` steps before the cut. All get the same
 number of parameters, the same fresh training scenes of a seed, and the same optimiser; values are
@@ -31,7 +32,9 @@ from vlprune.cost import absolute_budget, count_params
 from vlprune.metrics import HardConcrete, UPop
 from vlprune.pruner import record_of
 from vlprune.recover.finetune import Repeated, Training, fit
-from vlprune.shipped import SHIPPED
+from vlprune.shipped import SHIPPED, MakeTask
+from vlprune.tasks import Classification
+from vlprune.tasks.scenes import place_loader, place_prompts
 
 KEEPS = (0.5, 0.25)
 ONE_SHOT: dict[str, tuple[str, dict[str, Any]]] = {  # allocation, settings
@@ -42,6 +45,17 @@ SEARCHES: dict[str, Callable[..., Any]] = {
     "upop paper": lambda *a, **k: UPop(*a, units="paper", interval=5, **k),
     "upop cost": lambda *a, **k: UPop(*a, units="cost", interval=5, **k),
     "hard_concrete": lambda *a, **k: HardConcrete(*a, **k),
+}
+
+
+def zero_shot(*which: Any, **options: Any) -> Classification:
+    """Where an item stands, by the words of captions: what the CLIP was not trained to classify."""
+    return Classification(place_loader(*which, **options), place_prompts())
+
+
+JOBS: dict[str, tuple[str, MakeTask]] = {  # name in the table: model, task
+    **{name: (name, shipped.task) for name, shipped in SHIPPED.items()},
+    "scenes-clip zero-shot": ("scenes-clip", zero_shot),
 }
 
 
@@ -76,7 +90,7 @@ def main() -> None:
     """Measure what is missing, then print all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("learned_masks.csv"))
-    parser.add_argument("--models", default=",".join(SHIPPED))
+    parser.add_argument("--models", default=",".join(JOBS))
     parser.add_argument("--methods", default=",".join([*ONE_SHOT, *SEARCHES]))
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)))
     parser.add_argument("--seeds", type=int, default=3)
@@ -105,18 +119,18 @@ def main() -> None:
 
 
 class Bench:
-    """One model that ships, its task, and the file of what was measured.
+    """One model that ships, a task, and the file of what was measured.
 
     Args:
-        name: of the model.
+        name: in `JOBS`.
         arguments: of the command line.
     """
 
     def __init__(self, name: str, arguments: argparse.Namespace):
         self.name, self.arguments = name, arguments
         self.rows = [row for row in read(arguments.out, Row) if row.model == name]
-        self.model = vlprune.create_model(name).eval()
-        self.make = SHIPPED[name].task
+        model, self.make = JOBS[name]
+        self.model = vlprune.create_model(model).eval()
         self.calibration = self.make("train", 256, 1, 64)
         self.test = self.make("test", arguments.scenes, 7, 250)
         self.inputs = self.calibration.example_inputs(self.model)
