@@ -11,10 +11,11 @@ import pytest
 import torch
 from fuzzing import feed, forge, guard, mutate, seeds
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vlprune
 from vlprune.bounded import Bounded
-from vlprune.errors import CheckpointError, UnknownNameError, UnsupportedModelError
+from vlprune.errors import CheckpointError, TraceError, UnknownNameError, UnsupportedModelError
 from vlprune.layout import resolve
 from vlprune.tasks import Classification
 from vlprune.trusted import import_trusted
@@ -214,6 +215,20 @@ def test_compiled_and_quantised_models_are_refused_with_what_to_do() -> None:
             vlprune.prune(wrong, plan)
         with pytest.raises(UnsupportedModelError, match=said):
             vlprune.dissect(wrong, torch.randn(1, 3, 32, 32))
+
+
+def test_models_on_several_devices_are_refused_by_name() -> None:
+    model = deit()
+    plan = vlprune.plan(vlprune.score(model, "magnitude"), {"params": 0.8})
+    model.blocks[1].to("meta")
+    for call in (lambda: vlprune.prune(model, plan), lambda: vlprune.score(model, "magnitude")):
+        with pytest.raises(UnsupportedModelError, match=r"'blocks\.1\.norm1\.weight' has none"):
+            call()
+    model = deit()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.blocks[1].to("cuda")
+        with pytest.raises(TraceError, match=r"on cpu, 'blocks\.1\.\S+' on cuda:0\): move it to"):
+            vlprune.dissect(model, torch.randn(1, 3, 32, 32))
 
 
 def test_train_mode_frozen_and_mixed_dtypes_come_through() -> None:

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -399,3 +401,84 @@ def test_a_rename_that_fails_leaves_the_old_checkpoint(saved, nth: int, monkeypa
             vlprune.save_pretrained(other, saved)
     assert_bit_equal(vlprune.from_pretrained(saved), cut("deit"))
     assert names_in(saved.parent) == ["model"]
+
+
+BAD_DISK = """
+import os, resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from test_ablation import measured
+from test_store import cut, scores_of
+import vlprune
+from vlprune import store
+folder, other, scores = Path({folder!r}), cut("deit", seed=4), scores_of(seed=4)
+if {disk!r} == "full":  # a write beyond so many bytes of a file fails
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+elif os.getuid() == 0:  # who may write anywhere
+    os.setuid(65534)
+for act in (
+    lambda: vlprune.save_pretrained(other, folder / "model", verify=False),
+    lambda: store.write_json(scores, folder / "scores.json"),
+    lambda: measured(str(folder / "runs"), shard=(1, 2)),
+):
+    try:
+        act()
+    except Exception as error:  # safetensors raises its own
+        print("refused", type(error).__name__, str(error).partition("\\n")[0])
+    else:
+        print("written")
+"""
+
+
+def scores_of(seed: int) -> vlprune.Scores:
+    """Scores of the tiny deit by random numbers."""
+    model, anatomy = dissected("deit")
+    return vlprune.score(model, "random", anatomy=anatomy, seed=seed)
+
+
+def bytes_in(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("disk", ["full", pytest.param("read-only", marks=pytest.mark.slow)])
+def test_a_full_or_read_only_disk_keeps_what_was_there(saved: Path, disk: str) -> None:
+    from test_ablation import measured
+
+    folder = saved.parent
+    store.write_json(scores_of(seed=1), folder / "scores.json")
+    half = measured(str(folder / "runs"), shard=(0, 2))
+    before = bytes_in(folder)
+    places = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+    modes = {place: place.stat().st_mode for place in [*folder.parents[:3], *places]}
+    try:
+        for place in modes:  # whoever looks may read, and not write
+            place.chmod(0o555 if disk == "read-only" and place in places else 0o755)
+        tests = str(Path(__file__).parent)
+        code = BAD_DISK.format(tests=tests, folder=str(folder), disk=disk)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    finally:
+        for place, mode in modes.items():
+            place.chmod(mode)
+    said = done.stdout.splitlines()
+    assert [line.split()[0] for line in said] == ["refused"] * 3, f"{said} {done.stderr}"
+    after = bytes_in(folder)
+    assert {path: after[path] for path in before} == before
+    assert {path.parent.parent.name for path in after.keys() - before.keys()} <= {"runs"}
+    assert_bit_equal(vlprune.from_pretrained(saved), cut("deit"))
+    whole = measured(str(folder / "runs"))
+    assert half.evaluations + whole.evaluations == whole.possible  # nothing of the half was lost
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_store_at_once(tmp_path: Path) -> None:
+    from test_ablation import measured, started
+
+    expected = measured(str(tmp_path / "one"))
+    both = [started(tmp_path / "two", shard=(i, 2), slow=0.002) for i in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    found = measured(str(tmp_path / "two"))
+    assert found.evaluations == 0
+    assert all(torch.equal(found.falls[r], falls) for r, falls in expected.falls.items())

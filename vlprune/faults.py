@@ -16,7 +16,7 @@ _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "bitsa
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raise where a model is compiled or quantised.
+    """Raise where a model is compiled, quantised or without a part of its weights.
 
     Raises:
         UnsupportedModelError: saying what to do first.
@@ -36,6 +36,20 @@ def check_plain(model: nn.Module) -> None:
             f"model must not be quantised yet; {found[0]!r} and {len(found) - 1} more are. Prune "
             "first, then quantise the result."
         )
+    places = devices_of(model)
+    if "meta" in places and len(places) > 1:
+        raise UnsupportedModelError(
+            f"model must have all of its weights, or none (device meta); {places['meta']!r} has "
+            "none. Load the model whole, without offloading."
+        )
+
+
+def devices_of(model: nn.Module) -> dict[str, str]:
+    """Return the devices that parameters are on, and the first parameter on each."""
+    places: dict[str, str] = {}
+    for name, tensor in model.named_parameters():
+        places.setdefault(str(tensor.device), name)
+    return places
 
 
 def check_weights(model: nn.Module) -> None:

@@ -177,8 +177,11 @@ def write_json(value: Plan | Scores | LatencyTable, path: str | os.PathLike[str]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(_dump(value))
-    os.replace(scratch, path)
+    try:
+        scratch.write_bytes(_dump(value))
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _adapter(kind: Any) -> Any:

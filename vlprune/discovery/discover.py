@@ -31,6 +31,7 @@ from vlprune.discovery.regions import (
     short_call,
 )
 from vlprune.errors import TraceError
+from vlprune.faults import devices_of
 from vlprune.layout import AttentionLayout, resolve
 
 
@@ -103,9 +104,14 @@ def discover(
         first, visits = observe(model, calls, regions, watched)
     except Exception as error:  # whatever a stranger's forward raises
         said = str(error).partition("\n")[0]
+        mend = "Check their number, shapes and dtypes."
+        places = devices_of(model)
+        if len(places) > 1:
+            where = ", ".join(f"{name!r} on {device}" for device, name in places.items())
+            mend = f"Its parameters are on several devices ({where}): move it to one."
         raise TraceError(
             f"{type(model).__name__} must run on the example inputs; it raised "
-            f"{type(error).__name__}: {said}. Check their number, shapes and dtypes."
+            f"{type(error).__name__}: {said}. {mend}"
         ) from error
     seconds = time.monotonic() - begin
     units: list[Units] = []
