@@ -76,6 +76,59 @@ def test_what_holds_is_proven_and_what_was_not_tested_is_said_so(name: str) -> N
     assert certificate.weights.changed == certificate.weights.repaired == 0
 
 
+@pytest.mark.parametrize("name", ["deit", "open_clip"])
+def test_bypassed_halves_and_macs_are_counted(name: str) -> None:
+    model, anatomy = dissected(name)
+    kinds = ("ffn", "layer", "sublayer")
+    some = anatomy.select(kinds)
+    scores = vlprune.score(model, "random", anatomy=some, strategies=kinds, seed=5)
+    small = vlprune.prune(model, vlprune.plan(scores, {"params": 0.6}))
+    certificate = certify(small, model)
+    halves = [axis for axis in certificate.axes if axis.kind == "sublayer"]
+    assert halves
+    assert any(axis.achieved < axis.units for axis in halves)
+    assert all(axis.achieved == axis.planned for axis in certificate.axes)
+    dense, planned, achieved = certificate.macs
+    assert dense == record_of(small).plans[0].dense.macs
+    assert planned == achieved < dense
+    block = next(path for path, m in small.named_modules() if _has_lost_a_half(m))
+    half = next(n for n, m in small.get_submodule(block)._modules.items() if m is None)
+    setattr(small.get_submodule(block), half, nn.Linear(2, 2))  # what was to go came back
+    certificate = certify(small, model)
+    assert "planned = achieved" in [claim.name for claim in certificate.failed]
+
+
+def test_dimensions_of_a_fused_layer_are_told_apart() -> None:
+    small = cut("deit", ("head_dim", "ffn"))
+    certificate = certify(small, dissected("deit")[0])
+    assert not certificate.failed
+    assert {axis.name.rpartition(".")[2] for axis in certificate.axes} >= {"qk", "v"}
+    assert all(axis.achieved == axis.planned for axis in certificate.axes)
+    name = "blocks.1.attn.qkv"
+    layer = small.get_submodule(name)
+    layer.weight = nn.Parameter(layer.weight[:-3])  # a value dimension of every head less
+    again = certify(small, dissected("deit")[0])
+    assert again.claim("planned = achieved").verdict == "failed"
+
+
+def test_macs_that_were_not_planned_are_seen() -> None:
+    model, anatomy = dissected("deit")
+    scores = vlprune.score(model, "random", anatomy=anatomy, seed=2)
+    small = vlprune.prune(model, vlprune.plan(scores, {"params": 0.6}))
+    record = record_of(small)
+    plan = record.plans[0]
+    wrong = dataclasses.replace(plan.planned, macs=plan.planned.macs - 1)
+    plans = (dataclasses.replace(plan, planned=wrong),)
+    attach_record(small, dataclasses.replace(record, plans=plans))
+    claim = certify(small, model).claim("planned = achieved")
+    assert (claim.verdict, claim.error) == ("failed", 1)
+    assert "multiply-accumulates were planned" in claim.note
+
+
+def _has_lost_a_half(module: nn.Module) -> bool:
+    return any(child is None for child in module._modules.values())
+
+
 def test_without_the_original_nothing_is_claimed_of_it() -> None:
     certificate = certify(cut("deit"))
     assert verdicts(certificate)["masked = cut"] == "not tested"

@@ -58,6 +58,8 @@ RANKS = {
     "export": 9,
     "store": 10,
     "pipeline": 11,
+    "counting": 10,
+    "dead": 10,
     "certify": 12,
     "compare": 13,
     "console": 12,

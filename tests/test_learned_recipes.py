@@ -24,6 +24,7 @@ from vlprune.recover.distil import ancestry
 from vlprune.recover.layerwise import Distillation, Part, Weights
 from vlprune.recover.listening import listening_to_attention, listening_to_outputs
 from vlprune.shipped import SHIPPED
+from vlprune.store import read_certificate
 from vlprune.tasks import Retrieval
 
 UPOP = upop.Preset(
@@ -308,6 +309,9 @@ def test_a_recipe_runs_and_its_folder_is_its_own(
     assert "on 1,000 test scenes (classification)" in said
     small = vlprune.from_pretrained(out / "model")
     assert f"achieved {count_params(small):,} params of 749,674" in said
+    certificate = read_certificate(out / "model")
+    assert not certificate.failed
+    assert certificate.claim("masked = cut").verdict == "proven"
     assert json.loads((out / "recipe.json").read_text())["preset"] == "scenes-deit"
     code, said = call(monkeypatch, capsys, *arguments, "--set", "ratio=0.6")
     assert code == 2

@@ -86,6 +86,8 @@ class Certificate:
         claims: each with its largest error and tolerance.
         asked: the budget of the last plan.
         params: of the original, planned, and counted; None where unknown.
+        macs: on the inputs: of the original, and counted; between them what was planned on the
+            inputs that the plan was made with.
         axes: asked, planned and achieved layer by layer.
         dead: units whose removal changed nothing; None where that was not looked for.
         weights: what the tensors are beside the original's; None without it.
@@ -104,6 +106,7 @@ class Certificate:
     made_by: tuple[dict[str, Any], ...]
     versions: dict[str, str]
     hashes: dict[str, str]
+    macs: tuple[int | None, int | None, int | None] = (None, None, None)
 
     @property
     def failed(self) -> tuple[Claim, ...]:
@@ -129,10 +132,11 @@ class Certificate:
 
     def _budget(self) -> list[str]:
         asked = ", ".join(f"{key} {show_limit(value)}" for key, value in self.asked.items())
-        dense, planned, achieved = ("?" if n is None else f"{n:,}" for n in self.params)
+        dense, planned, achieved = map(_number, self.params)
         return [
             f"asked    {asked or 'no budget'}",
             f"params   {dense} dense, {planned} planned, {achieved} achieved",
+            "macs     {} dense, {} planned, {} achieved".format(*map(_number, self.macs)),
         ]
 
     def _counts(self) -> list[str]:
@@ -156,6 +160,10 @@ class Certificate:
             sum(len(getattr(d, which)) for d in self.dead) for which in ("removed", "kept")
         )
         return f"dead     units without any effect: {gone} of the removed, {kept} of the kept"
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
 
 
 def _count(axis: AxisCount) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import itertools
 import os
 import platform
 import tempfile
@@ -18,7 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlprune.calls import Inputs, answers_of, calls_of, cast, frozen, quiet_eval, run
+from vlprune.calls import (
+    Inputs,
+    calls_of,
+    cast,
+)
 from vlprune.certificate import (
     AxisCount,
     Certificate,
@@ -30,19 +33,19 @@ from vlprune.certificate import (
     hash_of_weights,
 )
 from vlprune.contracts import Task
-from vlprune.copies import clone, exact_clone
+from vlprune.copies import clone
 from vlprune.cost import count_params
+from vlprune.counting import counted, counted_macs
 from vlprune.cutting import cut_
+from vlprune.dead import dead_units
 from vlprune.dissect import default_inputs
 from vlprune.errors import CheckpointError, LawError, PlanError, UnsupportedModelError
 from vlprune.export import TOLERANCES, compile_error, export_error, to_onnx
-from vlprune.gates import Gates, zeros_and_ones
-from vlprune.history import Fate, fates_of
+from vlprune.history import fates_of
 from vlprune.law import (
     TOLERANCE,
     check_masked_equals_cut,
     difference,
-    relative_error_of_outputs,
 )
 from vlprune.pipeline import create_model
 from vlprune.plan import Plan
@@ -53,7 +56,6 @@ from vlprune.store import from_pretrained, read_certificate, save_pretrained
 
 COSTLY = {"compile": "cut = compiled", "export": "cut = exported", "onnx": "cut = ONNX"}
 _NO_ORIGINAL = "the original's weights are not known here"
-_DEAD = 1e-12
 
 
 def certify(
@@ -84,17 +86,19 @@ def certify(
     if not record.plans:
         raise ValueError("small must carry a plan; this model was never cut by vlprune.prune.")
     inputs = default_inputs(small, batch=2) if example_inputs is None else example_inputs
+    one = default_inputs(small) if example_inputs is None else example_inputs  # as plans count
     trained = record.trained if trained is None else trained
     past = None if dense is None else _Past(dense, small)
     structure = dense if dense is not None else _structure(small)
-    axes = _counted(small, structure, fates_of(record.plans))
+    axes = counted(small, structure, fates_of(record.plans))
     plans = record.plans
+    macs = counted_macs(small, structure, plans, one)
     return Certificate(
         model=type(small).__name__,
         claims=(
             _masked(small, past, inputs, trained),
             _unchanged(past, trained),
-            _achieved(small, axes, plans[-1]),
+            _achieved(small, axes, macs, plans),
             _reloaded(small, inputs),
             *(_costly(name, small, inputs, name in claims) for name in COSTLY),
         ),
@@ -104,8 +108,11 @@ def certify(
             plans[-1].planned.params if plans[-1].planned else None,
             count_params(small),
         ),
+        macs=counted_macs(small, structure, plans, one),
         axes=axes,
-        dead=None if past is None else _dead_units(past, inputs),
+        dead=None
+        if past is None or past.fault
+        else dead_units(past.before_last, past.last, inputs),
         weights=None if past is None else past.weights,
         made_by=tuple(plan.made_by for plan in plans),
         versions=_versions(),
@@ -220,6 +227,10 @@ class _Past:
             changed=len(self.changed),
         )
 
+    def dead(self, inputs: Inputs) -> tuple[Dead, ...] | None:
+        """Units of the last plan without effect; None where it does not fit the original."""
+        return None if self.fault else dead_units(self.before_last, self.last, inputs)
+
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     return (
@@ -275,7 +286,15 @@ def _unchanged(past: _Past | None, trained: bool) -> Claim:
     )
 
 
-def _achieved(small: nn.Module, axes: Sequence[AxisCount], last: Plan) -> Claim:
+def _achieved(
+    small: nn.Module,
+    axes: Sequence[AxisCount],
+    macs: tuple[int | None, int | None, int | None],
+    plans: Sequence[Plan],
+) -> Claim:
+    """That units and parameters are as planned; MACs where they were counted on the same inputs."""
+    last = plans[-1]
+    like = plans[0].dense is not None and plans[0].dense.macs == macs[0]
     wrong = [axis for axis in axes if axis.achieved not in (None, axis.planned)]
     error = float(max((abs((a.achieved or 0) - a.planned) for a in wrong), default=0))
     note = f"{sum(axis.achieved is not None for axis in axes)} axes counted"
@@ -284,6 +303,9 @@ def _achieved(small: nn.Module, axes: Sequence[AxisCount], last: Plan) -> Claim:
     elif last.planned is not None and last.planned.params != count_params(small):
         error = float(abs(last.planned.params - count_params(small)))
         note = f"{last.planned.params:,} params were planned, {count_params(small):,} are there"
+    elif like and macs[1] is not None and macs[2] is not None and macs[1] != macs[2]:
+        error = float(abs(macs[1] - macs[2]))
+        note = f"{macs[1]:,} multiply-accumulates were planned, {macs[2]:,} are there"
     return Claim(
         name="planned = achieved",
         verdict="failed" if error else "proven",
@@ -378,123 +400,8 @@ def _params(model: nn.Module | None) -> int | None:
     return None if model is None else count_params(model)
 
 
-def _counted(
-    small: nn.Module, dense: nn.Module | None, fates: dict[str, Fate]
-) -> tuple[AxisCount, ...]:
-    """Units planned and found, axis by axis."""
-    kinds: dict[tuple[str, int], set[str]] = {}
-    for fate in fates.values():
-        for tensor, dim, _ in fate.tensors:
-            kinds.setdefault((tensor, dim), set()).add(fate.axis.kind)
-    return tuple(
-        AxisCount(
-            name=fate.name,
-            tower=fate.axis.tower,
-            kind=fate.axis.kind,
-            depth=fate.depth,
-            units=fate.axis.units,
-            planned=len(fate.keep),
-            achieved=None if dense is None else _units_found(small, dense, fate, kinds),
-        )
-        for fate in fates.values()
-    )
-
-
-def _units_found(
-    small: nn.Module, dense: nn.Module, fate: Fate, kinds: dict[tuple[str, int], set[str]]
-) -> int | None:
-    """Units of an axis that the cut model has, by the shapes of both; None where they hide it."""
-    axis = fate.axis
-    if axis.removal == "delete":
-        now: Any = small.get_submodule(fate.name.rpartition(":")[0])
-        before: Any = dense.get_submodule(axis.path)
-        return axis.units - (len(before) - len(now))
-    old, new = _shapes(dense), _shapes(small)
-    places = [(site.tensor, site.dim) for site in axis.sites]
-    for (before_name, dim), (now_name, _, size) in zip(
-        dict.fromkeys(places), fate.tensors, strict=False
-    ):
-        if kinds[now_name, dim] == {axis.kind} and before_name in old and now_name in new:
-            return axis.units - (old[before_name][dim] - new[now_name][dim]) // size
-    return None
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    return {name: tensor.shape for name, tensor in tensors}
-
-
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in ("vlprune", "torch", "timm", "open_clip_torch", "transformers", "numpy"):
         found[package] = importlib.metadata.version(package)
     return found
-
-
-# -- dead units ------------------------------------------------------------------------------------
-
-
-def _dead_units(past: _Past, inputs: Inputs) -> tuple[Dead, ...] | None:
-    """Units without which, all at once, no output changes: by gradient first, then by trial."""
-    if past.fault:
-        return None
-    model = exact_clone(past.before_last)
-    calls = [cast(call, torch.float64) for call in calls_of(inputs)]
-    axes = past.last.axes
-    with quiet_eval(model), frozen(model), Gates(model, axes) as gates:
-        expected = [list(answers_of(run(model, call))) for call in calls]
-        for axis in axes:
-            gates.values[axis.name] = torch.ones(axis.units, dtype=torch.float64).requires_grad_()
-        generator = torch.Generator().manual_seed(0)
-        for call in calls:
-            answers = [a for a in answers_of(run(model, call)) if a.requires_grad]
-            directions = [torch.randn(a.shape, generator=generator, dtype=a.dtype) for a in answers]
-            seen = [a.masked_fill(a.abs() > 1e30, 0) for a in answers]
-            if seen:
-                torch.autograd.backward(seen, directions)
-        gradients = {name: _gradient(value) for name, value in gates.values.items()}
-        most = max(float(g.max()) for g in gradients.values())
-        candidates = [
-            (name, unit)
-            for name, gradient in gradients.items()
-            for unit in (gradient <= _DEAD * most).nonzero().flatten().tolist()
-        ]
-
-        def unchanged(units: Sequence[tuple[str, int]]) -> bool:
-            for axis in axes:
-                off = {unit for name, unit in units if name == axis.name}
-                stay = [unit for unit in range(axis.units) if unit not in off]
-                gates.values[axis.name] = zeros_and_ones(stay, torch.ones(axis.units))
-            with torch.no_grad():
-                got = [list(answers_of(run(model, call))) for call in calls]
-            return relative_error_of_outputs(expected, got) <= TOLERANCE
-
-        dead = set(_without_effect(candidates, unchanged))
-    rows = (
-        Dead(
-            name=row.axis.name,
-            removed=tuple(unit for unit in row.removed if (row.axis.name, unit) in dead),
-            kept=tuple(unit for unit in row.keep if (row.axis.name, unit) in dead),
-        )
-        for row in past.last.rows
-    )
-    return tuple(row for row in rows if row.removed or row.kept)
-
-
-def _gradient(value: Tensor) -> Tensor:
-    return torch.zeros_like(value) if value.grad is None else value.grad.abs()
-
-
-def _without_effect(
-    units: list[tuple[str, int]], unchanged: Callable[[Sequence[tuple[str, int]]], bool]
-) -> list[tuple[str, int]]:
-    """The units of a list that can go, found by halving where not all can."""
-    if not units or unchanged(units):
-        return units
-    if len(units) == 1:
-        return []
-    half = len(units) // 2
-    return [
-        *_without_effect(units[:half], unchanged),
-        *_without_effect(units[half:], unchanged),
-    ]

@@ -495,6 +495,7 @@ def recipe(
     """Run a paper from end to end on a model and a task; run again to go on; torchrun shares it."""
     import vlprune
     from vlprune import recipes
+    from vlprune.certify import certify as prove
     from vlprune.cost import count_params
     from vlprune.recipes import _stages
 
@@ -518,7 +519,9 @@ def recipe(
         return
     for plan in done.plans:
         _show_plan(plan)
-    vlprune.save_pretrained(done.model, to / "model")
+    proof = prove(done.model, dense)
+    vlprune.save_pretrained(done.model, to / "model", certificate=proof)
+    say(str(proof))
     out.print(f"achieved {count_params(done.model):,} params of {count_params(dense):,}")
     if chosen.data:
         from vlprune.shipped import SHIPPED

@@ -23,12 +23,15 @@ class Fate:
         axis: as the first plan that decided on it has it.
         keep: its units that are left, in the numbers of that first plan.
         tensors: where its units lie now: (tensor, dimension, indices a unit takes up).
+        parts: of an axis of parts that are bypassed: where each unit lies now, None where its layer
+            is gone.
     """
 
     name: str
     axis: Axis
     keep: tuple[int, ...]
     tensors: tuple[tuple[str, int, int], ...]
+    parts: tuple[str | None, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -38,7 +41,7 @@ class Fate:
 
 
 def fates_of(plans: Sequence[Plan]) -> dict[str, Fate]:
-    """Return name in the cut model to what became of the axis; those of removed layers are gone."""
+    """Return name in the cut model to what became of each axis that is left."""
     fates: dict[str, Fate] = {}
     for plan in plans:
         for row in plan.rows:
@@ -49,6 +52,7 @@ def fates_of(plans: Sequence[Plan]) -> dict[str, Fate]:
                 axis=row.axis if past is None else past.axis,
                 keep=tuple(before[unit] for unit in row.keep),
                 tensors=_places(row.axis) if past is None else past.tensors,
+                parts=_parts(row.axis) if past is None else past.parts,
             )
         moved = (_after(fate, plan) for fate in fates.values())
         fates = {fate.name: fate for fate in moved if fate is not None}
@@ -63,18 +67,43 @@ def _places(axis: Axis) -> tuple[tuple[str, int, int], ...]:
     return tuple((tensor, dim, size) for (tensor, dim), size in sizes.items())
 
 
+def _parts(axis: Axis) -> tuple[str, ...]:
+    """The module of every unit that is bypassed."""
+    return tuple(scopes[0] for scopes in axis.scopes) if axis.removal == "bypass" else ()
+
+
 def _after(fate: Fate, plan: Plan) -> Fate | None:
-    """The fate in the names after a plan deleted layers; None where it went with one."""
+    """The fate in the names after a plan; None where it went with a layer or with half of one."""
     found = names_after([fate.name], plan)
     if not found:
         return None
     tensors = [(names_after([tensor], plan), dim, size) for tensor, dim, size in fate.tensors]
     left = tuple((names[0], dim, size) for names, dim, size in tensors if names)
-    return dataclasses.replace(fate, name=found[0], tensors=left)
+    parts = tuple(
+        None if p is None else next(iter(names_after([p], plan)), None) for p in fate.parts
+    )
+    return dataclasses.replace(fate, name=found[0], tensors=left, parts=parts)
 
 
 def names_after(names: Iterable[str], plan: Plan) -> tuple[str, ...]:
-    """Return what tensors or axes are called when the layers are gone that a plan deletes."""
+    """Return what tensors or axes are called after a plan; those that went with a part are gone."""
+    parts = [
+        scope
+        for row in plan.rows
+        if row.axis.removal == "bypass"
+        for unit in row.removed
+        for scope in row.axis.scopes[unit]
+    ]
+    left = [name for name in names if not any(_is_in(name, part) for part in parts)]
+    return _renumbered(left, plan)
+
+
+def _is_in(name: str, part: str) -> bool:
+    return name.startswith((f"{part}.", f"{part}:"))
+
+
+def _renumbered(names: Iterable[str], plan: Plan) -> tuple[str, ...]:
+    """What names are when the layers are gone that a plan deletes."""
     now = list(names)
     for row in plan.rows:
         if row.axis.removal == "delete" and row.removed:
