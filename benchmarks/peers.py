@@ -1,10 +1,10 @@
 """torch-pruning's own importances on the same trained CLIP and DeiT, at equal parameters.
 
-`python benchmarks/peers.py --scenes 10000` cuts heads and neurons by its magnitude and Taylor
-importance, each layer the same share (its global ranking empties layers and then fails), of
+`python benchmarks/peers.py --page docs/quality.md` cuts heads and neurons by its magnitude and
+Taylor importance, each layer the same share (its global ranking empties layers and then fails), of
 scenes-deit, and of scenes-clip with its weights rewritten into transformers' CLIPModel, whose heads
-torch-pruning can prune (of open_clip's it prunes none); features are checked to agree. Printed
-beside it: this package on the same model, at the same number of parameters, cut, and cut and
+torch-pruning can prune (of open_clip's it prunes none); features are checked to agree. Beside it:
+metrics of this package on the same model, at the same number of parameters, cut, and cut and
 repaired.
 """
 
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+from pathlib import Path
 from typing import Any
 
+import _page
 import torch
 import torch_pruning as tp
 import transformers
@@ -22,9 +24,21 @@ from torch import nn
 
 import vlprune
 from vlprune.cost import count_params
+from vlprune.samples import samples_of
 from vlprune.shipped import SHIPPED
 from vlprune.tasks import Retrieval
 
+SHARES = (0.5, 1 / 3)  # of heads and neurons, in every layer
+IMPORTANCES = {
+    "magnitude": tp.importance.GroupMagnitudeImportance(p=2),
+    "Taylor": tp.importance.GroupTaylorImportance(),
+}
+OURS = (
+    ("magnitude", "uniform"),
+    ("taylor", "global"),
+    ("fisher", "global"),
+    ("reconstruction", "global"),
+)
 NAMES = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -37,11 +51,13 @@ NAMES = {
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--scenes", type=int, default=10_000)
+    parser.add_argument("--scenes", type=int, default=2_000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", default="scenes-clip,scenes-deit")
+    parser.add_argument("--page", type=Path, help="Markdown with markers to write the tables into")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    parts = []
     for name in arguments.models.split(","):
         source = vlprune.create_model(name).eval()
         make = SHIPPED[name].task
@@ -50,36 +66,50 @@ def main() -> None:
         if name == "scenes-clip":
             model = as_transformers(source)
             check_equal(source, model, calibration)
-        print_table(name, model, test, calibration)
+        parts.append(table(name, model, test, calibration))
+    text = "\n\n".join([*parts, f"{_page.machine('wall')}"])
+    _page.write(arguments.page, "peers", text)
 
 
-def print_table(name: str, model: nn.Module, test: Any, calibration: Any) -> None:
-    """Print what torch-pruning and this package leave of a model."""
-    dense = test.measure(model)
-    print(f"\n{name} ({type(model).__name__}): dense {dense:.1f}, {count_params(model):,} params")
-    print(
-        "| prunable kept | torch-pruning magnitude | Taylor | params | reconstruction | repaired |"
-    )
-    print("|---|---|---|---|---|---|")
+def table(title: str, model: nn.Module, test: Any, calibration: Any) -> str:
+    """Return as Markdown what torch-pruning and this package leave of a model."""
+    dense = samples_of(test, model)
+    low, high = dense.interval()
     anatomy = vlprune.dissect(model, calibration.example_inputs(model)).select(("head", "ffn"))
-    scores = vlprune.score(model, "reconstruction", calibration, anatomy=anatomy)
-    for share in (0.5, 1 / 3):
+    cuts = {
+        (importance, share): cut_by_torch_pruning(
+            model, IMPORTANCES[importance], share, calibration
+        )
+        for importance in IMPORTANCES
+        for share in SHARES
+    }
+    params = {share: count_params(cuts["magnitude", share]) for share in SHARES}
+    lines = [
+        f"`{title}` as {type(model).__name__}: dense {dense.value:.1f} ({low:.1f} to {high:.1f}), "
+        f"{count_params(model):,} parameters.",
+        "",
+        "| criterion | " + " | ".join(f"{params[share]:,} left" for share in SHARES) + " |",
+        "|---" * (1 + len(SHARES)) + "|",
+    ]
+
+    def share_of(small: nn.Module) -> str:
+        return f"{100 * test.measure(small) / dense.value:.1f}"
+
+    for importance in IMPORTANCES:
+        cells = [share_of(cuts[importance, share]) for share in SHARES]
+        lines.append(f"| torch-pruning, {importance}, uniform | " + " | ".join(cells) + " |")
+    for metric, allocation in OURS:
+        task = None if metric == "magnitude" else calibration
+        scores = vlprune.score(model, metric, task, anatomy=anatomy)
         cells = []
-        for importance in (
-            tp.importance.GroupMagnitudeImportance(p=2),
-            tp.importance.GroupTaylorImportance(),
-        ):
-            small = cut_by_torch_pruning(model, importance, share, calibration)
-            cells.append(f"{100 * test.measure(small) / dense:.1f} %")
-        params = count_params(small)
-        plan = vlprune.plan(scores, {"params": params})
-        ours = vlprune.prune(model, plan, verify=False)
-        repaired = vlprune.repair(model, plan, calibration, anatomy=anatomy, verify=False)
-        cells += [
-            f"{params:,}",
-            *(f"{100 * test.measure(m) / dense:.1f} %" for m in (ours, repaired)),
-        ]
-        print(f"| {share:.0%} | " + " | ".join(cells) + " |", flush=True)
+        for share in SHARES:
+            plan = vlprune.plan(scores, {"params": params[share]}, allocation)
+            small = vlprune.prune(model, plan, verify=False)
+            repaired = vlprune.repair(model, plan, calibration, anatomy=anatomy, verify=False)
+            cells.append(f"{share_of(small)} -> {share_of(repaired)}")
+        lines.append(f"| {metric}, {allocation} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
 
 
 def as_transformers(source: Any) -> nn.Module:
