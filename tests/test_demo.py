@@ -28,6 +28,7 @@ def half(model: torch.nn.Module, metric: str, allocation: str, task: Retrieval) 
     return vlprune.prune(model, plan)
 
 
+@pytest.mark.slow
 def test_taylor_and_fisher_beat_magnitude_at_equal_cost(
     unseen: Retrieval, calibration: Retrieval
 ) -> None:

@@ -85,6 +85,7 @@ def test_there_are_over_seven_hundred_entries_of_three_libraries() -> None:
     assert all(reason for reason in left_out.values())
 
 
+@pytest.mark.slow
 def test_the_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     log = tmp_path / "zoo.jsonl"
     arguments = ["zoo", "--only", "timm/vit_tiny_patch16_224,timm/deit_tiny_patch16_224"]
