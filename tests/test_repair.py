@@ -408,6 +408,24 @@ def test_a_map_of_features_is_folded_into_the_projection_that_makes_them(name: s
         torch.testing.assert_close(now[place], before[place] @ turn.T, rtol=1e-4, atol=1e-5)
         before = now
     assert find_projection(nn.Linear(3, 4), lambda: [torch.zeros(2, 5)], 0) is None
+
+
+@torch.no_grad()
+def test_what_reads_as_many_features_as_an_output_has_is_not_its_projection() -> None:
+    model = nn.ModuleDict({"projection": nn.Linear(8, 6), "head": nn.Linear(6, 2)})
+    model["square"] = nn.Linear(6, 6)  # whose bias is as long as either side
+    images = torch.randn(4, 8)
+
+    def outputs() -> list[Tensor]:
+        features = model["projection"](images)
+        return [features, model["head"](features), model["square"](features)]
+
+    def features() -> list[Tensor]:
+        return [model["projection"](images), model["square"](images[:, :6])]
+
+    assert find_projection(model, outputs, 0) is None  # others read it, too
+    assert find_projection(model, features, 0) == Projection(name="projection.weight", dim=0)
+    assert find_projection(model, features, 1) == Projection(name="square.weight", dim=0)
     assert Projection(name="head.weight", dim=0) == Projection(name="head.weight", dim=0)
 
 

@@ -65,12 +65,13 @@ def fold(model: nn.Module, projection: Projection, weight: Tensor) -> None:
 
 
 def _parts(model: nn.Module, projection: Projection) -> list[Tensor]:
-    """The matrix, and the bias of its module where it has one."""
+    """The matrix, and the bias of its module where it has one along the same dimension."""
     owner, _, attribute = projection.name.rpartition(".")
     module = model.get_submodule(owner)
     parts = [getattr(module, attribute).data]
     bias = getattr(module, "bias", None)
-    if attribute == "weight" and isinstance(bias, Tensor):
+    along = parts[0].shape[projection.dim : projection.dim + 1]
+    if attribute == "weight" and isinstance(bias, Tensor) and bias.shape == along:
         parts.append(bias.data)
     return parts
 
