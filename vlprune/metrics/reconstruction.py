@@ -231,21 +231,34 @@ def _left_by_each(parts: list[tuple[Tensor, Tensor]], index: Tensor) -> Tensor:
     errors = torch.zeros(units, dtype=torch.float64, device=index.device)
     highest = errors.new_zeros(())
     while len(alive):
-        costs = sum(_cost(inverse, weight, index[alive]) for inverse, weight in parts)
+        costs = sum(_cost(inverse, weight, index) for inverse, weight in parts)
         assert isinstance(costs, Tensor)
         order = costs.argsort()[:at_once]
         for place in order.tolist():
             highest = torch.maximum(highest * (1 + _TIE), costs[place])
             errors[alive[place]] = highest
-        gone = index[alive[order]].flatten()
-        for number, (inverse, weight) in enumerate(parts):
+        gone = index[order].flatten()
+        for inverse, weight in parts:
             share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-            weight = weight - weight[:, gone] @ share
-            parts[number] = (inverse - inverse[:, gone] @ share, weight)
+            weight.addmm_(weight[:, gone], share, alpha=-1)
+            inverse.addmm_(inverse[:, gone], share, alpha=-1)
         stays = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
         stays[order] = False
-        alive = alive[stays]
+        alive, index = alive[stays], index[stays]
+        if 2 * index.numel() < len(parts[0][0]):
+            parts, index = _packed(parts, index)
     return errors
+
+
+def _packed(
+    parts: list[tuple[Tensor, Tensor]], index: Tensor
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """The features that are left, one after another, so that what follows works on less."""
+    left = index.flatten().sort().values
+    places = torch.zeros(len(parts[0][0]), dtype=index.dtype, device=index.device)
+    places[left] = torch.arange(len(left), device=index.device)
+    packed = [(inverse[left][:, left], weight[:, left]) for inverse, weight in parts]
+    return packed, places[index]
 
 
 def _cost(inverse: Tensor, weight: Tensor, index: Tensor) -> Tensor:
