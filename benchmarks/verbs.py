@@ -1,7 +1,7 @@
 """What every verb costs: seconds, and how much more memory the process held at most.
 
 `python benchmarks/verbs.py --page docs/costs.md` runs the verbs one after another on a CLIP that
-ships and on a ViT-B/32 CLIP of open_clip's with random weights. Memory is the peak of the resident
+ships and on a ViT-S/32 CLIP of open_clip's with random weights. Memory is the peak of the resident
 set while a verb ran over what was resident before it (Linux: the peak is set back in between, and
 pages that the allocator holds are given back first), beside the size of the dense model.
 """
@@ -36,7 +36,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--models", default="scenes-clip,open_clip:ViT-B-32")
+    parser.add_argument("--models", default="scenes-clip,open_clip:ViT-S-32")
     parser.add_argument("--page", type=Path, help="Markdown with markers to write the table into")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

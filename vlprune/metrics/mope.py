@@ -49,7 +49,7 @@ class Mope(AxisMetric):
     Args:
         num_groups: groups that the neurons of one FFN are cut into, at most one per neuron.
         rewire: scores that sort the neurons; default: the norm of their weights. "contiguous"
-            takes them as they lie, which says little (METHODS: rank correlation 0.1 to 0.2).
+            takes them as they lie, which says little of single neurons.
         measure: "task", "loss", "kl" or "cosine", see `measures.py`.
         nested: measure units of an axis together, in order of importance. Costs as many removals
             again for heads and layers, whose order is measured first. Scores rise in that order:

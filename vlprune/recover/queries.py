@@ -10,7 +10,8 @@ no softmax). All follows from the moments of what the projections are given. Whe
 between projection and product (rotary positions, a norm) this need not help: each attention keeps
 its new rows only if its answers come closer to the dense ones on batches that were left out.
 
-Source: the form is that of CORP (2602.05243) for attention dimensions, derived in METHODS 5.9.
+Source: the aim is that of CORP (2602.05243) for attention dimensions; M is the least-squares
+solution of q_P . k_P ~ q_K^T M k_K over all pairs of queries and keys.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ layer went, the consumer before it aims at the stream behind it. Dimensions of q
 folded into those that stay first (`queries.py`); last, the outputs are mapped back onto the dense
 ones.
 
-Source: the regression is that of GRAIL and CORP with means and bias (METHODS 5.9); fed by the
+Source: the regression is that of GRAIL and CORP (2602.05243) with means and bias; fed by the
 already repaired model as in Kwon et al., NeurIPS 2022 (2204.09656). That the stream, not the
 layer's own answer, is the target, that rows count by what outputs feel of them, and that a removed
-layer is stood in for by the consumer before it, is ours (measured in NOTES.md).
+layer is stood in for by the consumer before it, is ours.
 """
 
 from __future__ import annotations
