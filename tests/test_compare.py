@@ -1,6 +1,7 @@
 """Comparisons: scores once, cuts everywhere, says what is noise; a page that stands by itself."""
 
 import csv
+import dataclasses
 import html
 import os
 import re
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 import vlprune
 from vlprune import cli
 from vlprune.compare import Comparison, compare, write_page
+from vlprune.compare.charts import LIGHT, quality_chart
 from vlprune.compare.run import _spearman
 from vlprune.metrics.magnitude import Magnitude
 from vlprune.pruner import record_of
@@ -195,6 +197,15 @@ def test_the_page_needs_nothing_but_itself(found: Comparison, folder: Path) -> N
 def read_rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "points.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def test_points_of_one_budget_stand_at_one_place(found: Comparison) -> None:
+    one = [point for point in found.points if point.keep == found.points[0].keep]
+    (axes,) = quality_chart(dataclasses.replace(found, points=one), "params", LIGHT).axes
+    left, right = axes.get_xlim()
+    assert right - left >= 5
+    axes.figure.canvas.draw()
+    assert axes.xaxis.get_major_formatter().get_offset() == ""
 
 
 def test_files_beside_the_page_hold_every_point_and_plan(found: Comparison, folder: Path) -> None:

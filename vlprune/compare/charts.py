@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 from vlprune.anatomy import Axis
 from vlprune.compare.results import Comparison, Point
 
+_NARROWEST = 5.0  # points of percent across
 _MARKS = "osD^vPX*"
 
 
@@ -117,6 +118,10 @@ def quality_chart(
     panel.set_ylabel(comparison.task, fontsize=9, color=palette.ink)
     panel.grid(color=palette.grid, linewidth=0.6)
     panel.margins(y=0.08)
+    left, right = panel.get_xlim()
+    if right - left < _NARROWEST:  # one budget: points that differ by a unit are at one place
+        middle = (left + right) / 2
+        panel.set_xlim(middle - _NARROWEST / 2, middle + _NARROWEST / 2)
     if near:
         dense = comparison.dense.value
         best = max([dense, *(point.value for point in comparison.points)])
