@@ -2,12 +2,12 @@
 
 `python benchmarks/learned_masks.py --out docs/learned_masks.csv` measures, on every model that
 ships and on zero-shot classification, every row that the file does not hold yet: the dense model;
-then, for half and a quarter of
-the parameters of heads and neurons kept, what each method leaves after it was cut and trained for
-`--retrain` steps. Methods that search train for `--search` steps before the cut. All get the same
-number of parameters, the same fresh training scenes of a seed, and the same optimiser; values are
-of 1,000 test scenes. Then what a step with masks costs beside a plain one: seconds (median, the
-two in turns) and bytes kept for the backward. It prints the tables as Markdown.
+then, for half and a quarter of the parameters of heads and neurons kept, what each method leaves
+after it was cut and trained for `--retrain` steps. Methods that search train for `--search` steps
+before the cut. All get the same number of parameters, the same fresh training scenes of a seed, and
+the same optimiser; values are of 1,000 test scenes. Then what a step with masks costs beside a
+plain one: seconds (median, the two in turns) and bytes kept for the backward. It prints the tables
+as Markdown.
 """
 
 from __future__ import annotations

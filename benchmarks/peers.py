@@ -67,7 +67,7 @@ def main() -> None:
             model = as_transformers(source)
             check_equal(source, model, calibration)
         parts.append(table(name, model, test, calibration))
-    text = "\n\n".join([*parts, f"{_page.machine('wall')}"])
+    text = "\n\n".join([*parts, _page.machine("wall")])
     _page.write(arguments.page, "peers", text)
 
 
@@ -77,10 +77,8 @@ def table(title: str, model: nn.Module, test: Any, calibration: Any) -> str:
     low, high = dense.interval()
     anatomy = vlprune.dissect(model, calibration.example_inputs(model)).select(("head", "ffn"))
     cuts = {
-        (importance, share): cut_by_torch_pruning(
-            model, IMPORTANCES[importance], share, calibration
-        )
-        for importance in IMPORTANCES
+        (name, share): cut_by_torch_pruning(model, importance, share, calibration)
+        for name, importance in IMPORTANCES.items()
         for share in SHARES
     }
     params = {share: count_params(cuts["magnitude", share]) for share in SHARES}

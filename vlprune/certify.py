@@ -108,11 +108,9 @@ def certify(
             plans[-1].planned.params if plans[-1].planned else None,
             count_params(small),
         ),
-        macs=counted_macs(small, structure, plans, one),
+        macs=macs,
         axes=axes,
-        dead=None
-        if past is None or past.fault
-        else dead_units(past.before_last, past.last, inputs),
+        dead=None if past is None else past.dead(inputs),
         weights=None if past is None else past.weights,
         made_by=tuple(plan.made_by for plan in plans),
         versions=_versions(),
