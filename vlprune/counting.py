@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from vlprune.calls import Inputs, calls_of, cast, map_tensors, quiet_eval
 from vlprune.certificate import AxisCount
 from vlprune.copies import clone
 from vlprune.cost import count_macs
+from vlprune.dissect import tensor_shapes
 from vlprune.history import Fate
 from vlprune.plan import Plan
 
@@ -110,7 +109,7 @@ class _Loss:
 
 
 def _losses(
-    old: dict[str, torch.Size], new: dict[str, torch.Size], fates: Sequence[Fate]
+    old: dict[str, tuple[int, ...]], new: dict[str, tuple[int, ...]], fates: Sequence[Fate]
 ) -> list[_Loss]:
     """The dimensions that hold units of one kind only: those of several are products."""
     found: dict[tuple[str, int], _Loss] = {}
@@ -125,6 +124,5 @@ def _losses(
     return [loss for loss in found.values() if len(loss.kinds) == 1]
 
 
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    return {name: tensor.shape for name, tensor in tensors}
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tensor.shape for tensor in tensor_shapes(model)}
